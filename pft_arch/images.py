@@ -58,7 +58,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
             "JPEG", (".jpg", ".jpeg"), alpha=False, max_side=65500, options={"quality": 95, "subsampling": 0}
         ),
         "webp": Format("WEBP", (".webp",), max_side=16383, options={"quality": 95}),
-        "tiff": Format("TIFF", (".tiff", ".tif"), deep_grey=True, options={"compression": "tiff_adobe_deflate"}),
+        "tiff": Format("TIFF", (".tiff", ".tif"), deep_grey=True),  # uncompressed: else Pillow cannot write EXIF
     }
 )
 PILLOW_FORMATS = [f.name for f in FORMATS.values()]
@@ -145,8 +145,19 @@ def _make_upright(image: Image.Image) -> bytes | None:
             tags = {tag: value for tag, value in exif.get_ifd(ifd).items() if tag not in STALE_TAGS}
             if tags:
                 kept[ifd] = tags
-        return kept.tobytes() if len(kept) else None
+        return _as_stored(kept).tobytes() if len(kept) else None
     return None
+
+
+def _as_stored(exif: Image.Exif) -> Image.Exif:
+    """Text as the bytes it was read from (UTF-8, most often): Pillow would write question marks.
+
+    In the main directory only. In the others Pillow would not mark such bytes as text.
+    """
+    for tag, value in exif.items():
+        if isinstance(value, str) and not value.isascii():
+            exif[tag] = value.encode("latin-1", "replace")
+    return exif
 
 
 def _dpi(image: Image.Image) -> tuple[float, float] | None:
@@ -222,14 +233,14 @@ def prepare_target(path: str | Path, *, overwrite: bool) -> None:
     """Make sure, before any work is spent on it, that a file can be written here. Makes its folder."""
     path = Path(path)
     format_of(path)
-    if path.is_dir():
-        raise ImageError(f"{path}: is a folder. Give the name of a file in it.")
-    if path.exists() and not overwrite:
-        raise ImageError(f"{path}: exists already. Allow overwriting, or write elsewhere.")
     try:
+        if path.is_dir():
+            raise ImageError(f"{path}: is a folder. Give the name of a file in it.")
+        if path.exists() and not overwrite:
+            raise ImageError(f"{path}: exists already. Allow overwriting, or write elsewhere.")
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ImageError(f"{path.parent}: cannot be made a folder ({error.strerror}). Write elsewhere.") from error
+        raise ImageError(f"{path}: cannot be written here ({error.strerror}). Write elsewhere.") from error
     if not os.access(path.parent, os.W_OK):
         raise ImageError(f"{path.parent}: this user may not write in this folder. Write elsewhere.")
 
@@ -250,16 +261,23 @@ def _encode(picture: Picture, format: Format, path: Path) -> bytes:
     options = dict(format.options)
     if picture.icc and not (picture.icc[16:20] == b"GRAY" and (image.mode in ("RGB", "RGBA") or format.name == "WEBP")):
         options["icc_profile"] = picture.icc
-    if picture.exif and not (format.name == "JPEG" and len(picture.exif) > MAX_EXIF_IN_JPEG):
-        options["exif"] = picture.exif
     if picture.dpi:
         options["dpi"] = picture.dpi
     buffer = io.BytesIO()
     try:
+        if picture.exif and not (format.name == "JPEG" and len(picture.exif) > MAX_EXIF_IN_JPEG):
+            options["exif"] = _tiff_exif(picture.exif) if format.name == "TIFF" else picture.exif
         image.save(buffer, format.name, **options)
     except Exception as error:  # an encoder's limit, or metadata that it refuses
         raise ImageError(f"{path}: cannot be stored as {format.name} ({error}). Try another format.") from error
     return buffer.getvalue()
+
+
+def _tiff_exif(exif: bytes) -> Image.Exif:
+    """EXIF for Pillow's TIFF writer, which takes it apart and would spoil text that is not ASCII."""
+    loaded = Image.Exif()
+    loaded.load(exif)
+    return _as_stored(loaded)
 
 
 def _pillow_image(picture: Picture, format: Format) -> Image.Image:
