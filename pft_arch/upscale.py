@@ -1,0 +1,287 @@
+"""Images through the network: tiles, alpha, batches, memory and faults. The only place where tiles are known.
+
+Tiles start on the window grid of the whole image, so windows inside a tile are those of the untiled run. Neighbours
+overlap; in an overlap the outer quarter of either tile, which lacks context most, is dropped, and the middle half is
+blended linearly.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .network import PFTSR
+
+log = logging.getLogger(__name__)
+
+Plane = tuple[Tensor, Tensor]  # (H, W, C) picture, (H * scale, W * scale, C) place for the result
+
+DEFAULT_OVERLAP = 32  # LR pixels; see the seam measurements in the README
+HOST_BYTES = 2**30  # for a pass on a CPU or a Mac: larger tiles are no faster there and take memory from others
+BATCH_PIXELS = 2**14  # LR pixels per forward pass up to which small tiles and frames are taken together
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of an image in LR pixels, and the weights of its output rows and columns in the blend."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    weight_y: Tensor
+    weight_x: Tensor
+
+    @property
+    def area(self) -> tuple[slice, slice]:
+        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+
+    def blend_into(self, out: Tensor, picture: Tensor) -> None:
+        """Add the tile's output (C, h * scale, w * scale) to the image out (H * scale, W * scale, C)."""
+        top, left = (start * len(self.weight_y) // self.height for start in (self.top, self.left))
+        rows, columns = slice(top, top + len(self.weight_y)), slice(left, left + len(self.weight_x))
+        out[rows, columns] += picture.permute(1, 2, 0) * (self.weight_y[:, None, None] * self.weight_x[:, None])
+
+
+@torch.inference_mode()
+def upscale(
+    image: Tensor,
+    model: PFTSR,
+    *,
+    tile: int = 0,
+    overlap: int = DEFAULT_OVERLAP,
+    progress: Callable[[int, int], None] | None = None,
+    check_cancel: Callable[[], None] | None = None,
+) -> Tensor:
+    """Upscale a batch of images by the model's factor, on the model's device and in its precision.
+
+    Frames and tiles stream: device memory does not grow with B, and host memory holds the input and the output.
+    When the device runs out of memory, the tile that failed is cut into smaller ones and work goes on from there.
+    A tile that half precision cannot represent is computed again in float32.
+
+    Args:
+        image: (B, H, W, C) floating point in [0, 1], C of 1 (grey), 3 (RGB) or 4 (RGB and alpha), any device. Values
+            outside are clamped, NaN counts as 0. Alpha goes through the network as a grey picture of its own. A model
+            whose `in_channels` is not 3 takes images of just that many channels.
+        model: a PFTSR in eval mode.
+        tile: side of a tile in LR pixels, rounded up to whole windows, at least two; 0 chooses one from free memory.
+        overlap: LR pixels that neighbouring tiles share, rounded up to whole windows.
+        progress: called as progress(done, total) in units of tiles of the whole batch.
+        check_cancel: called before each pass; what it raises stops the work and passes through.
+
+    Returns:
+        (B, H * scale, W * scale, C) float32 on the CPU, clamped to [0, 1].
+
+    Raises:
+        ValueError: the image has another shape or type, or tile and overlap do not fit together.
+        MemoryError: not even the smallest tile fits on the device.
+    """
+    if image.dim() != 4 or not image.is_floating_point() or 0 in image.shape:
+        raise ValueError(f"expected floating-point images of shape (B, H, W, C), got {image.dtype} {tuple(image.shape)}")
+    channels, c = image.shape[-1], model.config
+    if channels != c.in_channels and not (c.in_channels == 3 and channels in (1, 4)):
+        raise ValueError(f"the image has {channels} channels; this model takes {c.in_channels}")
+    if tile < 0 or overlap < 0:
+        raise ValueError(f"tile and overlap cannot be negative; got {tile} and {overlap}")
+
+    window = c.window_size
+    overlap = -(-overlap // window) * window
+    side = max(2, -(-tile // window)) * window if tile else auto_tile(model, *image.shape[1:3])
+    side = max(side, overlap + window)  # a tile must reach beyond what it shares
+
+    runner = _Runner(model, overlap, check_cancel or (lambda: None))
+    tiles = tile_grid(*image.shape[1:3], side, overlap, window, c.scale)
+    batch, height, width, _ = image.shape
+    out = torch.zeros(batch, height * c.scale, width * c.scale, channels)
+    planes = list(_planes(image, out, c.in_channels))
+    done, total = 0, len(planes) * len(tiles)
+    for group in _passes((plane, t) for plane in planes for t in tiles):
+        pictures = runner.run(torch.stack([_crop(source, t, c.in_channels) for (source, _), t in group]))
+        for ((_, target), t), picture in zip(group, pictures, strict=True):
+            # a grey picture went in as RGB and comes back as its mean
+            t.blend_into(target, picture if len(picture) == target.shape[-1] else picture.mean(0, keepdim=True))
+        done += len(group)
+        if progress:
+            progress(done, total)
+    return out.clamp_(0, 1)
+
+
+def tile_grid(height: int, width: int, side: int, overlap: int, window: int, scale: int) -> list[Tile]:
+    """The tiles of an image, row by row. All lengths in LR pixels; side, overlap in whole windows."""
+    rows = _spans(height, side, overlap, window, scale)
+    columns = _spans(width, side, overlap, window, scale)
+    return [
+        Tile(top, left, min(side, height - top), min(side, width - left), weight_y, weight_x)
+        for top, weight_y in rows
+        for left, weight_x in columns
+    ]
+
+
+def _spans(length: int, side: int, overlap: int, window: int, scale: int) -> list[tuple[int, Tensor]]:
+    """Along one axis: first pixel of each tile, on the window grid, and the weights of its output pixels.
+
+    The last tile ends where the image does. Weights of all tiles add up to 1 at every output pixel.
+    """
+    last = -(-max(0, length - side) // window) * window
+    starts = [*range(0, last, side - overlap), last]
+    total = torch.zeros(length * scale)
+    spans: list[tuple[int, Tensor]] = []
+    for start in starts:
+        stop = min(start + side, length)
+        place = (torch.arange((stop - start) * scale) + 0.5) / scale  # LR pixels from the tile's first edge
+        ramp = torch.ones_like(place)
+        for inside, distance in ((start > 0, place), (stop < length, stop - start - place)):
+            if inside and overlap:
+                ramp = torch.minimum(ramp, ((distance - overlap / 4) / (overlap / 2)).clamp(0, 1))
+        total[start * scale : stop * scale] += ramp
+        spans.append((start, ramp))
+    return [(start, ramp / total[start * scale : start * scale + len(ramp)]) for start, ramp in spans]
+
+
+def auto_tile(model: PFTSR, height: int, width: int) -> int:
+    """Side of the largest tile, in LR pixels and whole windows, that free memory allows; the whole image if it fits."""
+    window = model.config.window_size
+    per_pixel = bytes_per_pixel(model)
+    pixels = 0.7 * free_memory(_device(model)) / per_pixel
+    if height * width <= pixels:
+        return -(-max(height, width) // window) * window
+    return max(2, int(pixels**0.5) // window) * window
+
+
+def bytes_per_pixel(model: PFTSR) -> float:
+    """Peak memory of one forward pass per LR pixel: activations, both carries, and the head at full resolution.
+
+    Counted from the tensors alive at once, not yet fitted to measurements on a GPU.
+    """
+    c = model.config
+    item = next(model.parameters()).element_size()
+    layers = list(c.layers())
+    activations = 8 * c.embed_dim + 3 * c.hidden_dim
+    head = 0 if c.upsampler == "pixelshuffledirect" else 2 * 64 * c.scale**2
+    tokens = c.window_size**2
+    carries = 0.0
+    for shifted in (False, True):
+        kept = [keep for s, keep in layers if s == shifted]
+        dense = sum(k == tokens for k in kept)
+        in_products = min(dense, tokens // (2 * c.head_dim)) * 2 * c.embed_dim * item
+        entries = max([k for k in kept if k < tokens] or [tokens if dense * c.head_dim > tokens // 2 else 0])
+        # the old carry and the new one are alive together
+        carries += max(in_products, 2.0 * entries * c.num_heads * ((2 if item == 2 else 4) + 2))
+    return item * max(activations, head + c.embed_dim) + carries
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a forward pass may take on the device."""
+    if device.type != "cuda":
+        return HOST_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _planes(image: Tensor, out: Tensor, in_channels: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(H, W, C) pictures for the network, each with its place in the output. Alpha is a picture of its own."""
+    for frame, target in zip(image, out, strict=True):
+        colours = min(frame.shape[-1], in_channels)
+        yield frame[..., :colours], target[..., :colours]
+        if frame.shape[-1] > colours:
+            alpha = frame[..., colours:]
+            if bool((alpha == alpha[0, 0]).all()):  # one opacity everywhere, as most have, needs no network
+                target[..., colours:] = alpha[0, 0]
+            else:
+                yield alpha, target[..., colours:]
+
+
+def _crop(source: Tensor, tile: Tile, in_channels: int) -> Tensor:
+    """(in_channels, h, w) of a tile of (H, W, C): in [0, 1], finite, grey repeated."""
+    crop = source[tile.area].float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+    return crop.permute(2, 0, 1).expand(in_channels, -1, -1)
+
+
+class _Runner:
+    """Forward passes that survive running out of memory and half precision's range."""
+
+    def __init__(self, model: PFTSR, overlap: int, check_cancel: Callable[[], None]) -> None:
+        self.model = model
+        self.overlap = overlap
+        self.check_cancel = check_cancel
+        self.precise: PFTSR | None = None
+        self.limit = float("inf")  # LR pixels per pass known to be too many
+
+    def run(self, pictures: Tensor) -> Tensor:
+        """(N, C, h, w) on any device -> (N, C, h * scale, w * scale) float32 on the CPU."""
+        count, _, height, width = pictures.shape
+        if count * height * width < self.limit:
+            self.check_cancel()
+            try:
+                return self._forward(pictures)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            # outside the handler, so that the failed pass's tensors are no longer referenced
+            self.limit = min(self.limit, count * height * width)
+            _empty_cache(_device(self.model))
+        if count > 1:
+            return torch.cat([self.run(picture[None]) for picture in pictures])
+        return self._run_in_parts(pictures)
+
+    def _forward(self, pictures: Tensor) -> Tensor:
+        out = self.model(pictures.to(_device(self.model))).float().cpu()
+        if torch.isfinite(out).all() or next(self.model.parameters()).dtype == torch.float32:
+            return out
+        if self.precise is None:
+            log.warning("PFT-SR: values beyond the range of half precision; computing those tiles again in float32")
+            self.precise = copy.deepcopy(self.model).float()
+        return self.precise(pictures.to(_device(self.precise))).float().cpu()
+
+    def _run_in_parts(self, picture: Tensor) -> Tensor:
+        """One picture too large for the device, in tiles of half its longer side."""
+        c = self.model.config
+        _, _, height, width = picture.shape
+        side = -(-max(height, width) // (2 * c.window_size)) * c.window_size
+        side = max(side, 2 * c.window_size)
+        overlap = min(self.overlap, side - c.window_size)
+        if side >= max(height, width):
+            raise MemoryError(
+                f"{_device(self.model)} has no room for even the smallest tile, {height} x {width} pixels. Free memory "
+                "by closing other programs or unloading other models, use half precision, or run on the CPU"
+            )
+        log.warning("PFT-SR: out of memory at %d x %d pixels; going on with tiles of %d", height, width, side)
+        out = torch.zeros(height * c.scale, width * c.scale, c.in_channels)
+        for t in tile_grid(height, width, side, overlap, c.window_size, c.scale):
+            t.blend_into(out, self.run(picture[(..., *t.area)])[0])
+        return out.permute(2, 0, 1)[None]
+
+
+def _passes(work: Iterable[tuple[Plane, Tile]]) -> Iterator[list[tuple[Plane, Tile]]]:
+    """Consecutive tiles of one shape, together as long as they are small."""
+    group: list[tuple[Plane, Tile]] = []
+    for plane, t in work:
+        area = t.height * t.width
+        if group:
+            first = group[0][1]
+            if (t.height, t.width) != (first.height, first.width) or (len(group) + 1) * area > BATCH_PIXELS:
+                yield group
+                group = []
+        group.append((plane, t))
+    if group:
+        yield group
+
+
+def _device(model: PFTSR) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower()
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
