@@ -1,0 +1,276 @@
+"""The two nodes, and all that this pack knows of ComfyUI: its folders, its model management, its upscale models.
+
+Torch, spandrel and the networks are imported when a node runs; nothing here slows the host's start.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import folder_paths
+from comfy import model_management, model_patcher
+from comfy.utils import ProgressBar
+from comfy_api.latest import ComfyExtension, io
+
+if TYPE_CHECKING:
+    import torch
+    from spandrel import Architecture, ImageModelDescriptor
+
+    from .pft_arch import PFTSR
+
+CATEGORY = "image/upscaling"
+OWN_FOLDER = "pft_sr"
+FOLDERS = (OWN_FOLDER, "upscale_models")  # under the host's models; a choice outside the catalogue is "folder/file"
+TYPICAL_SIDE = 512  # pixels of an image's side that the host is asked to make room for where the tile is automatic
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+class PFTSRExtension(ComfyExtension):
+    """The pack as the host sees it."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        register_folder()  # not in on_load, which the oldest hosts never call
+        return [PFTSRLoadModel, PFTSRUpscale]
+
+
+class PFTSRLoadModel(io.ComfyNode):
+    """A name from the catalogue, or a PFT file in the host's folders, as the host's UPSCALE_MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PFTSRLoadModel",
+            display_name="PFT-SR Load Model",
+            category=CATEGORY,
+            description="Loads a PFT-SR super-resolution model. The result also works in every other node that takes "
+            "an upscale model, such as Upscale Image (using Model).",
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=model_names(),
+                    tooltip="A model that comes with this pack, or a PFT-SR file (.safetensors or .pth) of your own in "
+                    "models/pft_sr or models/upscale_models. Files of other architectures are not listed.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    tooltip="Number format of the calculation. auto: fp16 on an NVIDIA or AMD GPU, else fp32. fp16 and "
+                    "bf16 need half the memory; fp32 is the most exact.",
+                ),
+            ],
+            outputs=[io.UpscaleModel.Output(tooltip="The model, for PFT-SR Upscale or any other upscale node.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model: str, precision: str) -> str:
+        """A file that was replaced under its old name is loaded anew."""
+        stat = model_path(model).stat()
+        return f"{stat.st_mtime_ns} {stat.st_size}"
+
+    @classmethod
+    def execute(cls, model: str, precision: str) -> io.NodeOutput:
+        from .pft_arch import load_model
+
+        device = model_management.unet_offload_device()
+        network = load_model(model_path(model), device=device, dtype=choose_dtype(precision))
+        return io.NodeOutput(as_upscale_model(network))
+
+
+class PFTSRUpscale(io.ComfyNode):
+    """`pft_arch.upscale` under the host's memory management, progress bar and cancel button."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        from .pft_arch.upscale import DEFAULT_OVERLAP
+
+        return io.Schema(
+            node_id="PFTSRUpscale",
+            display_name="PFT-SR Upscale",
+            category=CATEGORY,
+            description="Enlarges images with a PFT-SR model, in tiles that follow the model's own windows. "
+            "Transparency and greyscale are kept.",
+            inputs=[
+                io.UpscaleModel.Input("upscale_model", tooltip="A model from PFT-SR Load Model."),
+                io.Image.Input("image", tooltip="The image, or a batch of images such as the frames of a video."),
+                io.Int.Input(
+                    "tile",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=32,
+                    tooltip="Side of a tile in pixels of the original image. 0 chooses it from the free memory, and "
+                    "takes the whole image at once where it fits. Smaller tiles need less memory.",
+                ),
+                io.Int.Input(
+                    "overlap",
+                    default=DEFAULT_OVERLAP,
+                    min=0,
+                    max=512,
+                    step=8,
+                    tooltip="How far neighbouring tiles overlap, in pixels of the original image. More hides the seams "
+                    "better and takes longer.",
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The enlarged images.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, upscale_model: ImageModelDescriptor[Any], image: torch.Tensor, tile: int, overlap: int
+    ) -> io.NodeOutput:
+        from .pft_arch import PFTSR, upscale
+
+        network = upscale_model.model
+        if not isinstance(network, PFTSR):
+            raise TypeError(
+                f"PFT-SR Upscale works with PFT-SR models only, and this is a {type(network).__name__} model. "
+                "Connect it to the node 'Upscale Image (using Model)', or choose a model in PFT-SR Load Model."
+            )
+        bring_to_device(upscale_model, image, tile)
+        bar = ProgressBar(image.shape[0])
+        result = upscale(
+            image,
+            network,
+            tile=tile,
+            overlap=overlap,
+            progress=bar.update_absolute,
+            check_cancel=model_management.throw_exception_if_processing_interrupted,
+        )
+        return io.NodeOutput(result.to(model_management.intermediate_device(), image.dtype))
+
+
+# files
+
+
+def register_folder() -> None:
+    """Make models/pft_sr known to the host, beside whatever extra_model_paths.yaml has named so before."""
+    from .pft_arch.weights import SUFFIXES
+
+    folder_paths.add_model_folder_path(OWN_FOLDER, str(Path(folder_paths.models_dir, OWN_FOLDER)))
+    paths, _ = folder_paths.folder_names_and_paths[OWN_FOLDER]
+    folder_paths.folder_names_and_paths[OWN_FOLDER] = (paths, set(SUFFIXES))  # as it is: files of any kind
+
+
+def model_names() -> list[str]:
+    """What the user may choose: the names of the catalogue, then every PFT file as "folder/file"."""
+    from .pft_arch import CATALOGUE
+
+    names = list(CATALOGUE)
+    for folder in FOLDERS:
+        for file in folder_paths.get_filename_list(folder):
+            path = folder_paths.get_full_path(folder, file)
+            if path is not None and is_pft(path):
+                names.append(f"{folder}/{file}")
+    return names
+
+
+def model_path(choice: str) -> Path:
+    """The file behind one of `model_names`."""
+    from .pft_arch.weights import resolve
+
+    folder, _, file = choice.partition("/")
+    return Path(folder_paths.get_full_path_or_raise(folder, file)) if folder in FOLDERS else resolve(choice)
+
+
+def is_pft(path: str) -> bool:
+    """`weights.is_pft_file`, asked once per version of a file: the host asks for the names very often."""
+    try:
+        stat = Path(path).stat()
+    except OSError:  # deleted since it was listed
+        return False
+    return _is_pft(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _is_pft(path: str, *_version: int) -> bool:
+    from .pft_arch.weights import is_pft_file
+
+    return is_pft_file(path)
+
+
+# the host's upscale models and its memory
+
+
+def choose_dtype(precision: str) -> torch.dtype:
+    """The number format of a choice; auto is fp16 where the host computes by CUDA or ROCm on a GPU good at it."""
+    import torch
+
+    if precision == "auto":
+        device = model_management.get_torch_device()
+        half = model_management.is_device_cuda(device) and model_management.should_use_fp16(device)
+        precision = "fp16" if half else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def as_upscale_model(network: PFTSR) -> ImageModelDescriptor[PFTSR]:
+    """What the host and other packs expect of an UPSCALE_MODEL, with the patcher that newer hosts read off it."""
+    try:
+        from spandrel import ImageModelDescriptor
+    except ImportError as error:
+        raise ImportError(
+            "PFT-SR Load Model needs the package spandrel, which ComfyUI's own requirements.txt lists. "
+            "Install it into ComfyUI's Python: pip install spandrel"
+        ) from error
+
+    model = ImageModelDescriptor(
+        network,
+        network.state_dict(),
+        architecture(),
+        purpose="SR",
+        tags=[],
+        supports_half=True,
+        supports_bfloat16=True,
+        scale=network.config.scale,
+        input_channels=network.config.in_channels,
+        output_channels=network.config.in_channels,
+        call_fn=follow_the_image,
+    )
+    model.patcher = make_patcher(network)
+    return model
+
+
+@cache
+def architecture() -> Architecture[PFTSR]:
+    """The name that a spandrel descriptor carries; the files themselves are read by `pft_arch.weights`."""
+    from spandrel import Architecture
+
+    class PFTArchitecture(Architecture):
+        def load(self, state_dict: dict[str, Any]) -> ImageModelDescriptor[PFTSR]:
+            raise NotImplementedError("PFT-SR files are opened by the node PFT-SR Load Model")
+
+    return PFTArchitecture(id="PFT", name="PFT-SR", detect=lambda state_dict: False)
+
+
+def follow_the_image(network: PFTSR, image: torch.Tensor) -> torch.Tensor:
+    """Some hosts (0.29 to 0.31) leave single weights behind when they load a model; nothing moves if all are there."""
+    result: torch.Tensor = network.to(image.device)(image)
+    return result
+
+
+def make_patcher(network: PFTSR) -> Any:
+    """The host's handle on a model's memory. Its class is looked up now: the host replaces it while it starts."""
+    patcher = getattr(model_patcher, "CoreModelPatcher", model_patcher.ModelPatcher)
+    return patcher(
+        network,
+        load_device=model_management.get_torch_device(),
+        offload_device=model_management.unet_offload_device(),
+    )
+
+
+def bring_to_device(model: ImageModelDescriptor[PFTSR], image: torch.Tensor, tile: int) -> None:
+    """Let the host make room and load the network, and see to it that every weight has arrived."""
+    if getattr(model, "patcher", None) is None:  # loaded by a host before 0.28
+        model.patcher = make_patcher(model.model)
+    model_management.load_models_gpu([model.patcher], memory_required=memory_required(model.model, image, tile))
+    model.model.to(model.patcher.load_device)
+
+
+def memory_required(network: PFTSR, image: torch.Tensor, tile: int) -> float:
+    """Bytes worth unloading other models for. With more the tiles grow, with less they shrink; both work."""
+    from .pft_arch.upscale import bytes_per_pixel
+
+    height, width = (min(side, tile or TYPICAL_SIDE) for side in image.shape[1:3])
+    return 1.5 * bytes_per_pixel(network) * height * width

@@ -1,0 +1,302 @@
+"""The nodes in a real ComfyUI, through its HTTP API and websocket, as the frontend uses them.
+
+`python tests/host/make_host.py DIRECTORY` makes one; PFT_TEST_HOST=DIRECTORY tells these tests of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from host.server import REPOSITORY, Graph, Host, Message, Run
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pft_arch import CATALOGUE, create_pft_sr, load_model, upscale
+from pft_arch.weights import resolve, save_model
+
+HOME = os.environ.get("PFT_TEST_HOST")
+pytestmark = pytest.mark.skipif(
+    not HOME, reason="PFT_TEST_HOST does not name a directory that tests/host/make_host.py made"
+)
+
+PACK_NAME = "PFT-SR größer"  # a dash, a space and letters beyond ASCII
+BUNDLED = list(CATALOGUE)
+FILES = ("pft_sr/light.safetensors", "upscale_models/light.safetensors", "pft_sr/elsewhere.safetensors")
+REPLACED = "pft_sr/replaced.safetensors"
+BROKEN = "pft_sr/broken.safetensors"
+OTHER = "another_architecture.safetensors"
+
+
+def save_pft(path: Path, seed: int) -> None:
+    """A small PFT-SR file with random weights, twice the size."""
+    torch.manual_seed(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_model(create_pft_sr(2, "light"), path)
+
+
+def save_other(path: Path) -> None:
+    """A small file of another architecture that the host's own loader opens: three convolutions, twice the size."""
+    shapes = {"body.0": (4, 3, 3, 3), "body.1": (4,), "body.2": (4, 4, 3, 3), "body.3": (4,), "body.4": (12, 4, 3, 3)}
+    weights = {f"{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    biases = {f"{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items() if len(shape) > 1}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights | biases, path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base directory of the host, with models in it."""
+    base = tmp_path_factory.mktemp("host") / "Bäse dir"
+    own, common, extra = base / "models" / "pft_sr", base / "models" / "upscale_models", base.parent / "extra"
+    save_pft(own / "light.safetensors", seed=1)
+    save_pft(common / "light.safetensors", seed=2)
+    save_pft(extra / "elsewhere.safetensors", seed=3)
+    save_pft(own / "replaced.safetensors", seed=4)
+    save_other(common / OTHER)
+    save_other(own / OTHER)
+    weights = load_file(own / "light.safetensors")
+    weights["conv_first.weight"] = weights["conv_first.weight"][:1]
+    save_file(weights, own / "broken.safetensors")
+    (own / "notes.txt").write_text("not a model")
+    (base / "paths.yaml").write_text(f"elsewhere:\n    base_path: {base.parent}\n    pft_sr: extra\n", encoding="utf-8")
+    return base
+
+
+@pytest.fixture(scope="module")
+def host(models: Path) -> Iterator[Host]:
+    arguments = (f"--extra-model-paths-config={models / 'paths.yaml'}",)
+    with Host(Path(str(HOME)), models, pack_name=PACK_NAME, arguments=arguments) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def bare_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """A host that lacks every package that the pack can start without."""
+    base = tmp_path_factory.mktemp("bare")
+    save_pft(base / "models" / FILES[0], seed=1)
+    (base / "missing").mkdir()
+    for name in ("numba", "triton", "spandrel"):
+        error = f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n"
+        (base / "missing" / f"{name}.py").write_text(error)
+    with Host(Path(str(HOME)), base, environment={"PYTHONPATH": str(base / "missing")}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """A small photo, of a size that no window divides."""
+    path = REPOSITORY / "tests" / "data" / "photo.png"
+    if path.is_file():
+        return Image.open(path).convert("RGB").crop((0, 0, 45, 37))
+    y, x = np.mgrid[:37, :45]
+    wave = np.stack([np.sin(x / 3 + y / 7), np.cos(x * y / 90), np.sin(y / 2)], axis=-1)
+    return Image.fromarray((127.5 + 100 * wave).astype(np.uint8))
+
+
+def file_of(models: Path, choice: str) -> Path:
+    """Where the file behind a choice in the drop-down lies."""
+    if choice in BUNDLED:
+        return resolve(choice)
+    return models.parent / "extra" / "elsewhere.safetensors" if "elsewhere" in choice else models / "models" / choice
+
+
+def expected(image: Image.Image, path: Path) -> np.ndarray[Any, Any]:
+    """What the library makes of it, in the 8 bits that SaveImage writes."""
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
+    return (upscale(pixels, load_model(path))[0].numpy() * 255).astype(np.uint8)
+
+
+def assert_same(got: Image.Image, want: np.ndarray[Any, Any]) -> None:
+    """Equal within one of 255 levels, and a picture at all."""
+    pixels = np.asarray(got)
+    assert pixels.shape == want.shape
+    assert np.abs(pixels.astype(int) - want.astype(int)).max() <= 1
+    assert want[..., :3].std() > 1
+
+
+def graph(model: str, image: str, *, precision: str = "auto", tile: int = 0, overlap: int = 16) -> Graph:
+    """Load Image, PFT-SR Load Model, PFT-SR Upscale, Save Image."""
+    return {
+        "image": {"class_type": "LoadImage", "inputs": {"image": image}},
+        "model": {"class_type": "PFTSRLoadModel", "inputs": {"model": model, "precision": precision}},
+        "upscale": {
+            "class_type": "PFTSRUpscale",
+            "inputs": {"upscale_model": ["model", 0], "image": ["image", 0], "tile": tile, "overlap": overlap},
+        },
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["upscale", 0], "filename_prefix": "test"}},
+    }
+
+
+def test_both_nodes_are_offered_with_help_for_every_input(host: Host) -> None:
+    for node in ("PFTSRLoadModel", "PFTSRUpscale"):
+        info = host.object_info(node)
+        assert info["description"] and info["category"] == "image/upscaling"
+        assert info["display_name"].startswith("PFT-SR ")
+        for name, (_, details) in info["input"]["required"].items():
+            assert details["tooltip"], name
+
+
+def test_starting_the_host_with_the_pack_costs_next_to_nothing(host: Host) -> None:
+    times = re.findall(rf"([\d.]+) seconds: .*{re.escape(PACK_NAME)}", host.log)
+    assert [float(seconds) < 1 for seconds in times] == [True]
+
+
+def test_the_catalogue_comes_first_and_only_pft_files_follow(host: Host) -> None:
+    offered = host.options("PFTSRLoadModel", "model")
+    assert offered[: len(BUNDLED)] == BUNDLED
+    assert set(offered[len(BUNDLED) :]) == {*FILES, REPLACED, BROKEN}
+
+
+@pytest.mark.parametrize("model", [*BUNDLED, *FILES])
+def test_every_model_gives_what_the_library_gives(host: Host, models: Path, photo: Image.Image, model: str) -> None:
+    run = host.run(graph(model, host.add_input("photo.png", photo)))
+    assert run.ending == "execution_success", run.error
+    assert_same(run.images[0], expected(photo, file_of(models, model)))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_close_to_full(host: Host, models: Path, photo: Image.Image, precision: str) -> None:
+    small = photo.crop((0, 0, 16, 16))  # half precision is slow on a CPU
+    run = host.run(graph(FILES[0], host.add_input("small.png", small), precision=precision))
+    assert run.ending == "execution_success", run.error
+    assert np.abs(np.asarray(run.images[0]).astype(int) - expected(small, file_of(models, FILES[0]))).mean() < 2
+
+
+def test_the_core_upscale_node_takes_the_model(host: Host, models: Path, photo: Image.Image) -> None:
+    workflow = graph(FILES[0], host.add_input("photo.png", photo))
+    workflow["upscale"] = {
+        "class_type": "ImageUpscaleWithModel",
+        "inputs": {"upscale_model": ["model", 0], "image": ["image", 0]},
+    }
+    run = host.run(workflow)
+    assert run.ending == "execution_success", run.error
+    assert_same(run.images[0], expected(photo, file_of(models, FILES[0])))
+
+
+def test_transparency_is_upscaled_too(host: Host, models: Path, photo: Image.Image) -> None:
+    transparent = photo.copy()
+    transparent.putalpha(photo.convert("L").transpose(Image.Transpose.ROTATE_180))
+    workflow = graph(FILES[0], host.add_input("transparent.png", transparent))
+    workflow["joined"] = {
+        "class_type": "JoinImageWithAlpha",
+        "inputs": {"image": ["image", 0], "alpha": ["image", 1]},
+    }
+    workflow["upscale"]["inputs"]["image"] = ["joined", 0]
+    run = host.run(workflow)
+    assert run.ending == "execution_success", run.error
+    assert run.images[0].mode == "RGBA"
+    assert_same(run.images[0], expected(transparent, file_of(models, FILES[0])))
+
+
+def test_a_batch_in_tiles_reports_progress_to_the_end(host: Host, photo: Image.Image) -> None:
+    workflow = graph(FILES[0], host.add_input("photo.png", photo), tile=32, overlap=8)
+    workflow["batch"] = {"class_type": "RepeatImageBatch", "inputs": {"image": ["image", 0], "amount": 3}}
+    workflow["upscale"]["inputs"]["image"] = ["batch", 0]
+    run = host.run(workflow)
+    assert run.ending == "execution_success", run.error
+    assert len(run.images) == 3
+    last = progress(run)[-1]
+    assert last["value"] == last["max"] > 3
+
+
+def test_a_file_replaced_under_its_name_is_loaded_anew(host: Host, models: Path, photo: Image.Image) -> None:
+    workflow = graph(REPLACED, host.add_input("photo.png", photo))
+    for seed in (5, 6):
+        save_pft(models / "models" / REPLACED, seed)
+        run = host.run(workflow)
+        assert run.ending == "execution_success", run.error
+        assert_same(run.images[0], expected(photo, models / "models" / REPLACED))
+
+
+def test_a_broken_file_is_named_and_the_host_goes_on(host: Host, photo: Image.Image) -> None:
+    name = host.add_input("photo.png", photo)
+    run = host.run(graph(BROKEN, name))
+    assert run.ending == "execution_error"
+    assert "broken.safetensors" in run.error
+    assert host.run(graph(FILES[1], name, precision="fp32")).ending == "execution_success"
+
+
+def test_a_model_of_another_kind_is_sent_to_the_core_node(host: Host, photo: Image.Image) -> None:
+    workflow = graph(FILES[0], host.add_input("photo.png", photo))
+    workflow["model"] = {"class_type": "UpscaleModelLoader", "inputs": {"model_name": OTHER}}
+    run = host.run(workflow)
+    assert run.ending == "execution_error"
+    assert "Upscale Image (using Model)" in run.error
+
+
+def test_cancel_stops_between_tiles_and_the_host_goes_on(host: Host, photo: Image.Image) -> None:
+    name = host.add_input("large.png", photo.resize((512, 512)))
+    at: list[int] = []
+
+    def cancel(message: Message) -> None:
+        if message["type"] == "progress" and not at:
+            host.interrupt()
+            at.append(message["data"]["value"])
+
+    run = host.run(graph(FILES[0], name, tile=32, overlap=8), on_message=cancel)
+    assert run.ending == "execution_interrupted"
+    last = progress(run)[-1]
+    assert last["max"] > 10 * at[0]  # at[0]: the small tiles of one pass
+    assert last["value"] <= 3 * at[0]  # the pass at work, and one more while the word travels
+    assert host.run(graph(FILES[2], host.add_input("photo.png", photo), precision="fp32")).ending == "execution_success"
+
+
+def test_the_example_workflow_runs(host: Host, photo: Image.Image) -> None:
+    workflow = json.loads((REPOSITORY / "example_workflows" / "simple_upscale.json").read_text(encoding="utf-8"))
+    api = as_api(host, workflow)
+    loaders = [node for node in api.values() if node["class_type"] == "LoadImage"]
+    for node in loaders:
+        node["inputs"]["image"] = host.add_input("photo.png", photo)
+    for node in api.values():
+        if node["class_type"] == "PFTSRLoadModel":
+            if BUNDLED:
+                assert node["inputs"]["model"] in BUNDLED
+            else:
+                node["inputs"]["model"] = FILES[0]
+    run = host.run(api)
+    assert run.ending == "execution_success", run.error
+    assert len(loaders) == len(run.images) == 1
+
+
+def test_the_host_starts_without_what_is_optional(bare_host: Host, photo: Image.Image) -> None:
+    assert bare_host.object_info("PFTSRLoadModel") and bare_host.object_info("PFTSRUpscale")
+    run = bare_host.run(graph(FILES[0], bare_host.add_input("photo.png", photo)))
+    assert run.ending == "execution_error"
+    assert "pip install spandrel" in run.error
+
+
+@pytest.mark.parametrize("node", ["PFTSRLoadModel", "PFTSRUpscale"])
+def test_each_node_has_a_help_page_where_the_frontend_looks(bare_host: Host, node: str) -> None:
+    # The host serves no pack's pages from a folder whose name has a space in it, so this is not asked of `host`.
+    page = bare_host.get_text(f"/extensions/{bare_host.pack_name}/docs/{node}.md")
+    info = bare_host.object_info(node)
+    assert page.startswith(f"# {info['display_name']}\n")
+    assert all(f"| `{name}` |" in page for name in info["input"]["required"])
+
+
+def progress(run: Run) -> list[dict[str, int]]:
+    return [message["data"] for message in run.messages if message["type"] == "progress"]
+
+
+def as_api(host: Host, workflow: dict[str, Any]) -> Graph:
+    """A workflow file as the frontend submits it: links by name, widgets in the order of the host's description."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    api: Graph = {}
+    for node in workflow["nodes"]:
+        info = host.object_info(node["type"])
+        assert info, f"the host has no node {node['type']}"
+        linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
+        names = [name for name in info["input"]["required"] if name not in linked]
+        api[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": linked | dict(zip(names, node.get("widgets_values", ()), strict=False)),
+        }
+    return api
