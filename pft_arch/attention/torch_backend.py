@@ -79,7 +79,7 @@ def attend(
             table = table + carry.table
         q, k = torch.cat(parts_q, -1), torch.cat(parts_k, -1)
         # wider than this, a map is smaller and quicker than the queries and keys that make it
-        if keep == n and q.shape[-1] <= n // 2:
+        if keep == n and q.shape[-1] <= n // 8:
             bias = relative_position_bias(table, window).to(q.dtype)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], dropout_p=dropout, scale=1.0)
             return _join(out, window, shift, height, width), DenseCarry(q, k, table)
@@ -103,7 +103,8 @@ def _attend_group(
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
     """One group of windows and heads. q, k, v: (windows, heads, n, d) -> out like v, and the group's carry."""
     precise = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.matmul(q.to(precise), k.to(precise).mT).add_(bias.to(precise))
+    scores = (q.to(precise) @ k.to(precise).mT).to(precise)  # the second cast is for autocast, which undoes the first
+    scores += bias.to(precise)
     if indices is not None:
         scores = scores.gather(-1, indices.long())
     if logits is not None:

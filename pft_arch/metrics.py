@@ -1,0 +1,54 @@
+"""PSNR and SSIM as super-resolution papers report them: on luma, border left out, on pictures rounded to 8 bits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def to_8_bit(image: Tensor) -> Tensor:
+    """Values in [0, 1] as whole numbers 0 to 255, float64, rounded half to even."""
+    return (image.double().clamp(0, 1) * 255).round()
+
+
+def luma(image: Tensor) -> Tensor:
+    """(..., 3) RGB of 0 to 255 -> (...) luma of 16 to 235 (BT.601 studio range, as MATLAB's rgb2ycbcr, unrounded)."""
+    return 16 + image.double() @ torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64) / 255
+
+
+def psnr_y(picture: Tensor, truth: Tensor, border: int) -> float:
+    """Peak signal-to-noise ratio in dB of two (H, W, 3) images in [0, 1], `border` pixels left out on every side.
+
+    Infinite for equal pictures. Published code: BasicSR `calculate_psnr` with `test_y_channel`.
+    """
+    a, b = _prepare(picture, truth, border)
+    return float(10 * torch.log10(255**2 / ((a - b) ** 2).mean()))
+
+
+def ssim_y(picture: Tensor, truth: Tensor, border: int) -> float:
+    """Structural similarity (Wang et al. 2004) of two (H, W, 3) images in [0, 1]: 11 x 11 Gaussian window, sigma 1.5.
+
+    Only windows that lie inside the picture count, as in BasicSR `calculate_ssim`. Needs 11 pixels after the border.
+    """
+    a, b = _prepare(picture, truth, border)
+    place = torch.arange(11, dtype=torch.float64) - 5
+    gauss = torch.exp(-(place**2) / (2 * 1.5**2))
+    gauss /= gauss.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(x[None, None], gauss.view(1, 1, -1, 1)), gauss.view(1, 1, 1, -1))
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return float((similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
+
+
+def _prepare(picture: Tensor, truth: Tensor, border: int) -> tuple[Tensor, Tensor]:
+    if picture.shape != truth.shape:
+        raise ValueError(f"pictures of one size are compared; got {tuple(picture.shape)} and {tuple(truth.shape)}")
+    inside = slice(border, -border if border else None)
+    return luma(to_8_bit(picture))[inside, inside], luma(to_8_bit(truth))[inside, inside]
