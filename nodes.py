@@ -58,7 +58,7 @@ class PFTSRLoadModel(io.ComfyNode):
                     options=list(PRECISIONS),
                     default="auto",
                     tooltip="Number format of the calculation. auto: fp16 on an NVIDIA or AMD GPU, else fp32. fp16 and "
-                    "bf16 need half the memory; fp32 is the most exact.",
+                    "bf16 need half the memory; fp32 is the most exact, and on a CPU the fastest.",
                 ),
             ],
             outputs=[io.UpscaleModel.Output(tooltip="The model, for PFT-SR Upscale or any other upscale node.")],
@@ -123,7 +123,7 @@ class PFTSRUpscale(io.ComfyNode):
     ) -> io.NodeOutput:
         from .pft_arch import PFTSR, upscale
 
-        network = upscale_model.model
+        network = getattr(upscale_model, "model", upscale_model)
         if not isinstance(network, PFTSR):
             raise TypeError(
                 f"PFT-SR Upscale works with PFT-SR models only, and this is a {type(network).__name__} model. "
@@ -264,7 +264,8 @@ def bring_to_device(model: ImageModelDescriptor[PFTSR], image: torch.Tensor, til
     """Let the host make room and load the network, and see to it that every weight has arrived."""
     if getattr(model, "patcher", None) is None:  # loaded by a host before 0.28
         model.patcher = make_patcher(model.model)
-    model_management.load_models_gpu([model.patcher], memory_required=memory_required(model.model, image, tile))
+    room = memory_required(model.model, image, tile)
+    model_management.load_models_gpu([model.patcher], memory_required=room, force_full_load=True)
     model.model.to(model.patcher.load_device)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -21,11 +22,6 @@ from safetensors.torch import load_file, save_file
 
 from pft_arch import CATALOGUE, create_pft_sr, load_model, upscale
 from pft_arch.weights import resolve, save_model
-
-HOME = os.environ.get("PFT_TEST_HOST")
-pytestmark = pytest.mark.skipif(
-    not HOME, reason="PFT_TEST_HOST does not name a directory that tests/host/make_host.py made"
-)
 
 PACK_NAME = "PFT-SR größer"  # a dash, a space and letters beyond ASCII
 BUNDLED = list(CATALOGUE)
@@ -52,6 +48,14 @@ def save_other(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def home() -> Path:
+    directory = os.environ.get("PFT_TEST_HOST")
+    if not directory:
+        pytest.skip("PFT_TEST_HOST does not name a directory that tests/host/make_host.py made")
+    return Path(directory)
+
+
+@pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The base directory of the host, with models in it."""
     base = tmp_path_factory.mktemp("host") / "Bäse dir"
@@ -71,14 +75,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def host(models: Path) -> Iterator[Host]:
+def host(home: Path, models: Path) -> Iterator[Host]:
     arguments = (f"--extra-model-paths-config={models / 'paths.yaml'}",)
-    with Host(Path(str(HOME)), models, pack_name=PACK_NAME, arguments=arguments) as running:
+    with Host(home, models, pack_name=PACK_NAME, arguments=arguments) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def bare_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+def bare_host(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     """A host that lacks every package that the pack can start without."""
     base = tmp_path_factory.mktemp("bare")
     save_pft(base / "models" / FILES[0], seed=1)
@@ -86,7 +90,7 @@ def bare_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     for name in ("numba", "triton", "spandrel"):
         error = f"raise ModuleNotFoundError(\"No module named '{name}'\", name='{name}')\n"
         (base / "missing" / f"{name}.py").write_text(error)
-    with Host(Path(str(HOME)), base, environment={"PYTHONPATH": str(base / "missing")}) as running:
+    with Host(home, base, environment={"PYTHONPATH": str(base / "missing")}) as running:
         yield running
 
 
@@ -133,6 +137,15 @@ def graph(model: str, image: str, *, precision: str = "auto", tile: int = 0, ove
         },
         "save": {"class_type": "SaveImage", "inputs": {"images": ["upscale", 0], "filename_prefix": "test"}},
     }
+
+
+def test_the_entry_point_can_be_imported_outside_a_host() -> None:
+    spec = importlib.util.spec_from_file_location("a pack of any name", REPOSITORY / "__init__.py")
+    assert spec and spec.loader
+    pack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+    assert callable(pack.comfy_entrypoint)
+    assert (REPOSITORY / pack.WEB_DIRECTORY / "docs").is_dir()
 
 
 def test_both_nodes_are_offered_with_help_for_every_input(host: Host) -> None:

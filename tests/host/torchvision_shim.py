@@ -25,7 +25,8 @@ class DeclareOperators(MetaPathFinder):
         sys.meta_path.remove(self)
         import torch
 
-        library = torch.library.Library("torchvision", "DEF")
+        make_library: Any = torch.library.Library
+        library = make_library("torchvision", "DEF")
         for name in OPERATORS:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)
