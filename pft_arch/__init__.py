@@ -8,10 +8,10 @@ from .weights import CATALOGUE, WeightsError, load_model
 __version__ = "0.1.0"
 __all__ = [
     "CATALOGUE",
+    "PFTSR",
     "PRESETS",
     "PFTBlock",
     "PFTConfig",
-    "PFTSR",
     "ProgressiveFocusedAttention",
     "WeightsError",
     "create_pft_sr",

@@ -83,8 +83,10 @@ class PFTConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(f"{name} must be a whole number from {low} to {high}; got {value!r}")
-        if not self.num_blocks or len(self.num_blocks) > 64 or not all(
-            isinstance(d, int) and 1 <= d <= 64 for d in self.num_blocks
+        if (
+            not self.num_blocks
+            or len(self.num_blocks) > 64
+            or not all(isinstance(d, int) and 1 <= d <= 64 for d in self.num_blocks)
         ):
             raise ValueError(f"num_blocks must list 1 to 64 groups of 1 to 64 layers; got {self.num_blocks!r}")
         if self.embed_dim % self.num_heads:

@@ -41,7 +41,8 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
     is reported and left out.
 
     Args:
-        hr: folder of HR images. lr: folder of their LR under the same names, any suffix; None makes LR with MATLAB's bicubic.
+        hr: folder of HR images.
+        lr: folder of their LR under the same names, any suffix; None makes them with MATLAB's bicubic.
         scale: factor between them. patch: side of an LR patch in pixels.
         length: number of items. seed: chooses the patches.
         names: only these files of the folder, None for all.
@@ -103,7 +104,7 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
         low, high = self.pairs[random.integers(len(self.pairs))]
         p, s = self.patch, self.scale
         top, left = (random.integers(side - p + 1) for side in low.shape[:2])
-        turns, mirror = random.integers(4), random.integers(2)
+        turns, mirror = int(random.integers(4)), bool(random.integers(2))
         patches = (
             low[top : top + p, left : left + p],
             high[top * s : (top + p) * s, left * s : (left + p) * s],

@@ -80,9 +80,9 @@ class PFTSR(nn.Module):
         self.patch_embed = PatchNorm(c.embed_dim, c.norm_type)
 
         layers = list(c.layers())
+        first = 0
         self.layers = nn.ModuleList()
         for depth in c.num_blocks:
-            first = sum(len(group.residual_group.layers) for group in self.layers)
             blocks = [
                 PFTBlock(
                     c.embed_dim,
@@ -102,6 +102,7 @@ class PFTSR(nn.Module):
                 for i, (shifted, keep) in enumerate(layers[first : first + depth], first)
             ]
             self.layers.append(ResidualGroup(blocks, c.embed_dim, c.resi_connection))
+            first += depth
 
         self.norm = _norm(c.norm_type, c.embed_dim)
         self.conv_after_body = _group_conv(c.embed_dim, c.resi_connection)
@@ -343,12 +344,11 @@ class ResidualGroup(nn.Module):
 
     def __init__(self, blocks: list[PFTBlock], dim: int, resi_connection: str) -> None:
         super().__init__()
-        self.residual_group = nn.Module()
-        self.residual_group.layers = nn.Sequential(*blocks)
+        self.residual_group = nn.ModuleDict({"layers": nn.Sequential(*blocks)})
         self.conv = _group_conv(dim, resi_connection)
 
     def forward(self, x: Tensor, maps: Maps) -> tuple[Tensor, Maps]:
-        deep, maps = self.residual_group.layers((x, maps))
+        deep, maps = self.residual_group["layers"]((x, maps))
         return self.conv(deep.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + x, maps
 
 

@@ -4,7 +4,7 @@
     pft-sr train --preset light --scale 3 --hr images/ --out runs/light_x3 --init runs/light_x2/best.safetensors
     accelerate launch -m pft_arch train ...          several processes, GPUs or machines
 
-A run folder holds `last.safetensors` and `best.safetensors` (the averaged weights), `log.csv`, `strips/`, and `state-N`,
+A run folder holds `last.safetensors` and `best.safetensors` (averaged weights), `log.csv`, `strips/`, and `state-N`,
 the newest complete state; the same command goes on from there. Patches depend on seed and iteration only.
 """
 
@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
@@ -51,8 +50,9 @@ class Recipe:
     """What a run does. Defaults are the published recipe for a light network from scratch, but for the batch.
 
     hr, lr: folders of training images; without lr, MATLAB's bicubic makes it. out: run folder.
-    val_hr, val_lr: validation images, likewise; None for none. init: weights to start from, another scale's head is made new.
-    iterations: optimiser steps; minutes: ends earlier at that time, and the schedule follows whichever is nearer its end.
+    val_hr, val_lr: validation images, likewise; None for none.
+    init: weights to start from; the head is made new where they are of another scale.
+    iterations: optimiser steps; minutes: ends earlier at that time. The schedule follows whichever is nearer its end.
     batch: patches of one step over all processes; patch: side of an LR patch.
     schedule: "multistep", "cosine", "plateau" or "constant", after `warmup` steps of linear increase.
     clip: largest norm of the gradient. ema: decay of the averaged weights. every: steps between validations and states.
@@ -211,12 +211,14 @@ def interpolate_at_first(model: PFTSR) -> None:
     if c.upsampler != "pixelshuffle" or c.embed_dim < 2 * c.in_channels:
         return
     pairs = 2 * c.in_channels
-    first, after, before, last = model.conv_first, model.conv_after_body, model.conv_before_upsample[0], model.conv_last
+    first: Any = model.conv_first
+    before: Any = model.conv_before_upsample[0]
+    last: Any = model.conv_last
     for conv in (first, before, last):
         conv.bias.zero_()
     first.weight[:pairs] = 0
     before.weight[:pairs] = 0
-    for parameter in after.parameters():
+    for parameter in model.conv_after_body.parameters():
         parameter.mul_(0.1)
     last.weight.mul_(0.1)
     last.weight[:, :pairs] = 0
@@ -226,7 +228,7 @@ def interpolate_at_first(model: PFTSR) -> None:
         before.weight[i, i, 1, 1] = 1
         last.weight[i // 2, i, 1, 1] = sign / 1.01
     for conv in model.upsample:
-        if not isinstance(conv, nn.Conv2d):
+        if not isinstance(conv, nn.Conv2d) or conv.bias is None:
             continue
         factor = math.isqrt(conv.out_channels // conv.in_channels)
         offset = (torch.arange(factor) + 0.5) / factor - 0.5
@@ -247,7 +249,7 @@ def newest_state(out: Path) -> Path | None:
 def _checkpoint(
     accelerator: Accelerator,
     recipe: Recipe,
-    model: PFTSR,
+    model: Any,
     optimizer: Any,
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau,
     progress: Progress,

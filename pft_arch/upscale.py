@@ -7,7 +7,6 @@ blended linearly.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .network import PFTSR
+from .network import PFTSR, from_config
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ def upscale(
         MemoryError: not even the smallest tile fits on the device.
     """
     if image.dim() != 4 or not image.is_floating_point() or 0 in image.shape:
-        raise ValueError(f"expected floating-point images of shape (B, H, W, C), got {image.dtype} {tuple(image.shape)}")
+        raise ValueError(f"expected floating-point images (B, H, W, C), got {image.dtype} {tuple(image.shape)}")
     channels, c = image.shape[-1], model.config
     if channels != c.in_channels and not (c.in_channels == 3 and channels in (1, 4)):
         raise ValueError(f"the image has {channels} channels; this model takes {c.in_channels}")
@@ -95,8 +94,8 @@ def upscale(
     side = max(side, overlap + window)  # a tile must reach beyond what it shares
 
     runner = _Runner(model, overlap, check_cancel or (lambda: None))
-    tiles = tile_grid(*image.shape[1:3], side, overlap, window, c.scale)
     batch, height, width, _ = image.shape
+    tiles = tile_grid(height, width, side, overlap, window, c.scale)
     out = torch.zeros(batch, height * c.scale, width * c.scale, channels)
     planes = list(_planes(image, out, c.in_channels))
     done, total = 0, len(planes) * len(tiles)
@@ -235,7 +234,9 @@ class _Runner:
             return out
         if self.precise is None:
             log.warning("PFT-SR: values beyond the range of half precision; computing those tiles again in float32")
-            self.precise = copy.deepcopy(self.model).float()
+            # not a deep copy: hosts hang things on a module that must not be copied
+            self.precise = from_config(self.model.config).to(_device(self.model)).eval()
+            self.precise.load_state_dict(self.model.state_dict())
         return self.precise(pictures.to(_device(self.precise))).float().cpu()
 
     def _run_in_parts(self, picture: Tensor) -> Tensor:
@@ -253,7 +254,8 @@ class _Runner:
         log.warning("PFT-SR: out of memory at %d x %d pixels; going on with tiles of %d", height, width, side)
         out = torch.zeros(height * c.scale, width * c.scale, c.in_channels)
         for t in tile_grid(height, width, side, overlap, c.window_size, c.scale):
-            t.blend_into(out, self.run(picture[(..., *t.area)])[0])
+            rows, columns = t.area
+            t.blend_into(out, self.run(picture[..., rows, columns])[0])
         return out.permute(2, 0, 1)[None]
 
 

@@ -13,7 +13,7 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .config import PRESETS, PFTConfig, preset
 from .network import PFTSR, from_config
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
 BUNDLED = Path(__file__).parent / "bundled"
 
 # What marks a PFT file, and what marks ATD, its nearest relative, which shares every other key.
@@ -110,10 +111,27 @@ def load_model(
     """
     path = resolve(path)
     state, metadata = _read(path)
-    config = config or _config_of(path, state, metadata)
+    return from_state_dict(state, metadata, source=str(path), device=device, dtype=dtype, config=config)
+
+
+def from_state_dict(
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    source: str = "state dict",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: PFTConfig | None = None,
+) -> PFTSR:
+    """The network of a plain state dict with published keys, as `load_model`; `source` names it in errors.
+
+    Raises:
+        WeightsError: as `load_model`.
+    """
+    config = config or _config_of(source, state, metadata or {})
     with torch.device("meta"):
         model = from_config(config)
-    _check_fit(path, model, state)
+    _check_fit(source, model, state)
     model.to_empty(device="cpu").to(dtype)
     model.load_state_dict({**state, _RECOMPUTABLE: relative_position_index(config.window_size)})
     return model.to(device).eval()
@@ -135,18 +153,32 @@ def save_model(model: PFTSR, path: str | Path, metadata: Mapping[str, str] | Non
 
 
 def is_pft_file(path: str | Path) -> bool:
-    """Whether a file holds PFT weights, from its table of contents alone. Never raises."""
+    """Whether a file holds PFT weights, from its table of contents alone, even where its data is cut. Never raises."""
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return _is_pft(file.keys())
+            return is_pft(_header(path))
         with zipfile.ZipFile(path) as archive:
             [table] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             content = archive.read(table)
         return _LEPE.encode() in content and _TABLE.encode() in content and _ATD.encode() not in content
-    except Exception:
+    except Exception:  # whatever a foreign or damaged file makes a parser raise
         return False
+
+
+def is_pft(keys: Iterable[str]) -> bool:
+    """Whether a state dict with these keys is one of PFT-SR; those of related networks are not."""
+    keys = set(keys)
+    return _QKV in keys and _TABLE in keys and not any(_ATD in key for key in keys)
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The table of contents of a .safetensors file: 8 bytes of length, then JSON."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= MAX_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        return dict(json.loads(file.read(length)))
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -192,7 +224,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(f"{path}: cannot be read ({reason}); it may be cut or damaged, so get it again") from None
 
     state = _unwrap(state)
-    if not _is_pft(state):
+    if not is_pft(state):
         found = ", ".join(sorted(map(str, state))[:3]) or "nothing"
         raise WeightsError(f"{path}: no PFT-SR weights. It holds {len(state)} entries ({found}, ...), not {_LEPE}")
     return state, metadata
@@ -210,12 +242,7 @@ def _unwrap(loaded: Any) -> dict[str, Tensor]:
     return state
 
 
-def _is_pft(keys: Any) -> bool:
-    keys = set(keys)
-    return _QKV in keys and _TABLE in keys and not any(_ATD in key for key in keys)
-
-
-def _config_of(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> PFTConfig:
+def _config_of(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> PFTConfig:
     if "config" in metadata:
         try:
             return PFTConfig.from_dict(json.loads(metadata["config"]))
@@ -223,25 +250,28 @@ def _config_of(path: Path, state: dict[str, Tensor], metadata: dict[str, str]) -
             raise WeightsError(f"{path}: the configuration in its metadata is not usable: {error}") from None
     try:
         seen = _shapes(state)
-    except (KeyError, IndexError, StopIteration, ValueError, ZeroDivisionError) as error:
-        raise WeightsError(f"{path}: PFT-SR weights of an unknown layout ({error!r}); pass config=PFTConfig(...)") from None
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise WeightsError(
+            f"{path}: PFT-SR weights of unknown layout ({error!r}); pass config=PFTConfig(...)"
+        ) from None
     for name in PRESETS:
         candidate = preset(name, seen["scale"])
         if all(getattr(candidate, key) == value for key, value in seen.items()):
             return candidate
     raise WeightsError(
-        f"{path}: the file fits no preset ({', '.join(f'{k} {v}' for k, v in seen.items())}), and shapes do not tell the "
-        "number of heads and the top-k schedule. Pass config=PFTConfig(num_heads=..., top_k=..., ...), or convert the "
-        "file to safetensors with a `config` in its metadata"
+        f"{path}: the file fits no preset ({', '.join(f'{k} {v}' for k, v in seen.items())}), and shapes do not "
+        "tell the number of heads and the top-k schedule. Pass config=PFTConfig(num_heads=..., top_k=..., ...), or "
+        "convert the file to safetensors with a `config` in its metadata"
     )
 
 
-def _shapes(state: dict[str, Tensor]) -> dict[str, Any]:
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The configuration's fields that tensor shapes tell."""
     width, channels = state["conv_first.weight"].shape[:2]
     groups = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
     layers = [
-        {key.split(".")[4] for key in state if key.startswith(f"layers.{g}.residual_group.layers.")} for g in range(groups)
+        {key.split(".")[4] for key in state if key.startswith(f"layers.{g}.residual_group.layers.")}
+        for g in range(groups)
     ]
     first = "layers.0.residual_group.layers.0."
     fc1 = state[first + "convffn.fc1.weight"]
@@ -269,7 +299,7 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _check_fit(path: Path, model: PFTSR, state: dict[str, Tensor]) -> None:
+def _check_fit(path: str | Path, model: PFTSR, state: Mapping[str, Tensor]) -> None:
     """Everything that does not fit, in one message; nothing is loaded by halves."""
     expected = model.state_dict()
     problems = [f"missing {key}" for key in sorted(expected.keys() - state.keys() - {_RECOMPUTABLE})]

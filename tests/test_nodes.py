@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from host.server import REPOSITORY, Graph, Host, Message, Run
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from host.server import REPOSITORY, Graph, Host, Message, Run
 from pft_arch import CATALOGUE, create_pft_sr, load_model, upscale
 from pft_arch.weights import resolve, save_model
 

@@ -89,9 +89,11 @@ def attend(
     outs: list[Tensor] = []
     groups: list[tuple[Tensor, Tensor | None]] = []
     for g, (some, these) in enumerate(_groups(q.shape[0], heads, n, qkv.device)):
-        previous = carry.groups[g] if carry else (None, None)
+        logits, indices = carry.groups[g] if carry else (None, None)
         shared = bias if bias.shape[0] == 1 else bias[these]
-        out, group = _attend_group(q[some, these], k[some, these], v[some, these], shared, *previous, keep, dropout)
+        out, group = _attend_group(
+            q[some, these], k[some, these], v[some, these], shared, logits, indices, keep, dropout
+        )
         outs.append(out)
         groups.append(group)
     out = torch.cat([out.flatten(0, 1) for out in outs]).unflatten(0, (q.shape[0], heads))
@@ -99,7 +101,14 @@ def attend(
 
 
 def _attend_group(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, logits: Tensor | None, indices: Tensor | None, keep: int, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    logits: Tensor | None,
+    indices: Tensor | None,
+    keep: int,
+    dropout: float,
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
     """One group of windows and heads. q, k, v: (windows, heads, n, d) -> out like v, and the group's carry."""
     precise = torch.promote_types(q.dtype, torch.float32)
@@ -127,7 +136,7 @@ def _attend_group(
 
 
 def _sparse_product(weights: Tensor, indices: Tensor, v: Tensor) -> Tensor:
-    """sum over k of weights[..., i, k] * v[..., indices[..., i, k], :]: an embedding bag over all tokens of the group."""
+    """sum over k of weights[..., i, k] * v[..., indices[..., i, k], :], as an embedding bag over the group's tokens."""
     groups, heads, n, d = v.shape
     first = torch.arange(groups * heads, device=v.device).view(groups, heads, 1, 1) * n
     bags = F.embedding_bag(

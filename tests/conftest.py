@@ -1,0 +1,50 @@
+"""Data that several tests share."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+DATA = Path(__file__).parent / "data"
+
+
+class Golden:
+    """One golden network: weights file, input, output, and further tensors where there are any."""
+
+    def __init__(self, weights: Path) -> None:
+        self.weights = weights
+        self.name = weights.name.removesuffix(".weights.safetensors")
+        self.io: dict[str, Tensor] = load_file(weights.with_name(f"{self.name}.io.safetensors"))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        with safe_open(self.weights, "pt") as file:
+            return dict(json.loads(file.metadata()["config"]))
+
+    @property
+    def grad(self) -> dict[str, Tensor]:
+        return load_file(self.weights.with_name(f"{self.name}.grad.safetensors"))
+
+
+def golden_files(pattern: str = "*.weights.safetensors") -> list[Path]:
+    """The golden files of the repository, and those of the folder PFT_GOLDEN where more of them are at hand."""
+    folders = [DATA / "golden", *map(Path, filter(None, [os.environ.get("PFT_GOLDEN")]))]
+    return sorted({path.name: path for folder in folders for path in folder.glob(pattern)}.values())
+
+
+@pytest.fixture(scope="session")
+def photo() -> Tensor:
+    """(1, 144, 192, 3) part of a photograph, with fine detail and a smooth sky."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(DATA / "photo.png") as image:
+        return torch.tensor(np.asarray(image.convert("RGB")))[None].float() / 255

@@ -1,0 +1,139 @@
+"""Attention backends against the reference, layer by layer, and the reference against the published maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from conftest import Golden, golden_files
+from pft_arch import load_model
+from pft_arch.attention import BACKENDS, reference, torch_backend
+from pft_arch.attention.windows import (
+    from_windows,
+    regions,
+    relative_position_bias,
+    relative_position_index,
+    to_windows,
+)
+from pft_arch.network import PFTBlock
+
+# name: (window, heads, head width, kept per layer); shifted or not; H, W
+CHAINS = {
+    "dense": (8, 2, 8, (64, 64, 64)),
+    "dense-until-wide": (4, 3, 4, (16, 16, 16, 16, 16)),
+    "cut-at-once": (4, 2, 5, (7, 7, 3)),
+    "late-cut": (6, 1, 13, (36, 36, 11, 11, 5)),
+    "keep-one": (4, 2, 10, (16, 1, 1)),
+    "wide-window": (16, 2, 10, (256, 60, 60, 9)),
+}
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@pytest.mark.parametrize("shifted", [False, True], ids=["unshifted", "shifted"])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_chain_equals_the_reference_forward_and_backward(backend: str, chain: str, shifted: bool) -> None:
+    window, heads, width, kept = CHAINS[chain]
+    torch.manual_seed(1)
+    size = (2, 2 * window, 3 * window, 3 * heads * width)
+    inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for _ in kept]
+    columns = heads if chain != "dense" else 1
+    tables = [torch.randn((2 * window - 1) ** 2, columns, dtype=torch.float64, requires_grad=True) for _ in kept]
+
+    def run(name: str) -> tuple[list[Tensor], list[Tensor]]:
+        carry, outs = None, []
+        for qkv, table, keep in zip(inputs, tables, kept, strict=True):
+            out, carry = BACKENDS[name](
+                qkv, table, carry, heads=heads, window=window, shift=window // 2 if shifted else 0, keep=keep
+            )
+            outs.append(out)
+        loss = torch.stack([(out * (i + 1)).square().mean() for i, out in enumerate(outs)]).sum()
+        return outs, list(torch.autograd.grad(loss, inputs + tables))
+
+    outs, gradients = run(backend)
+    expected_outs, expected_gradients = run("reference")
+    for got, expected in zip(outs, expected_outs, strict=True):
+        assert torch.allclose(got, expected, atol=1e-9)
+    for got, expected in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(got, expected, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("limit", [1, 2**9, 2**12])
+def test_the_size_of_groups_changes_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    torch.manual_seed(0)
+    layers = [(torch.randn(2, 16, 24, 3 * 18), torch.randn(225, 3), keep) for keep in (64, 64, 20, 9)]
+
+    def run() -> Tensor:
+        carry = None
+        for qkv, table, keep in layers:
+            out, carry = torch_backend.attend(qkv, table, carry, heads=3, window=8, shift=4, keep=keep)
+        return out
+
+    whole = run()
+    monkeypatch.setattr(torch_backend, "CPU_GROUP", limit)
+    assert torch.allclose(run(), whole, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    not golden_files("tiny_classical_x2.weights.safetensors"), reason="the maps' golden file is not in PFT_GOLDEN"
+)
+def test_reference_maps_are_the_published_ones() -> None:
+    golden = Golden(golden_files("tiny_classical_x2.weights.safetensors")[0])
+    model = load_model(golden.weights, dtype=torch.float64)
+    model.set_attention_backend("reference")
+    seen: list[reference.AttentionMap] = []
+    for module in model.modules():
+        if isinstance(module, PFTBlock):
+            module.register_forward_hook(lambda block, _, out: seen.append(out[1][int(block.shift_size > 0)]))
+    with torch.no_grad():
+        model(golden.io["input"].double())
+
+    n = model.config.window_size**2
+    for i, got in enumerate(seen):
+        values, indices = golden.io[f"maps.{i}.values"].double(), golden.io.get(f"maps.{i}.indices")
+        assert torch.allclose(spread(got.values, got.indices, n), spread(values, indices, n), atol=1e-6), f"layer {i}"
+        if indices is not None:
+            assert got.indices is not None
+            weighty = values > 1e-12  # below that, entries are tied at the published epsilon and any may be kept
+            assert ((got.indices[..., None] == indices[..., None, :].long()).any(-2) | ~weighty).all(), f"layer {i}"
+
+
+def spread(values: Tensor, indices: Tensor | None, n: int) -> Tensor:
+    """Kept entries as rows of n, so that their order does not matter."""
+    if indices is None:
+        return values
+    return torch.zeros(*values.shape[:-1], n, dtype=values.dtype).scatter(-1, indices.long(), values)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_windows_and_back_is_the_identity(shift: int) -> None:
+    image = torch.rand(2, 8, 12, 3)
+    windows = to_windows(image, 4, shift)
+    assert windows.shape == (2 * 2 * 3, 16, 3)
+    assert torch.equal(from_windows(windows, 4, shift, 8, 12), image)
+
+
+def test_windows_keep_neighbours_together() -> None:
+    image = torch.arange(64).view(1, 8, 8, 1)
+    assert to_windows(image, 4, 0)[1, :, 0].tolist() == image[0, :4, 4:, 0].flatten().tolist()
+    assert to_windows(image, 4, 2)[0, :, 0].tolist() == image[0, 2:6, 2:6, 0].flatten().tolist()
+
+
+def test_regions_split_only_windows_that_wrap_around() -> None:
+    region = rearrange(regions(12, 8, 4, 2, torch.device("cpu")), "(y x) n -> y x n", y=3)
+    assert (region[:2, 0] == 0).all()
+    assert [len(set(region[y, x].tolist())) for y, x in ((0, 1), (2, 0), (2, 1))] == [2, 2, 4]
+
+
+@pytest.mark.parametrize("window", [2, 5, 8])
+def test_bias_views_equal_the_indexed_table(window: int) -> None:
+    table = torch.randn((2 * window - 1) ** 2, 3)
+    expected = table[relative_position_index(window)].permute(2, 0, 1)
+    assert torch.equal(relative_position_bias(table, window), expected)
+
+
+def test_golden_files_are_found() -> None:
+    assert {Path(path).name.split(".")[0] for path in golden_files()} >= {"pft_light_x2", "tiny_3conv_x4"}
