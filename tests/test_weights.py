@@ -212,7 +212,7 @@ def test_describe_tells_what_a_file_is(file: Path, model: PFTSR) -> None:
 
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
-    with pytest.raises(WeightsError, match="no such variant. Variants: light_x2"):
+    with pytest.raises(WeightsError, match=r"no such variant\. Variants: light_x2"):
         resolve("huge_x16")
 
 
