@@ -40,7 +40,7 @@ def test_untiled_output_is_the_networks_own(model: PFTSR, photo: Tensor) -> None
 def test_tiles_leave_no_seam(model: PFTSR, photo: Tensor, tile: int, overlap: int) -> None:
     tiled = upscale(photo, model, tile=tile, overlap=overlap)
     error = (tiled - whole(photo, model)).abs()
-    assert error.mean() < 1e-3
+    assert error.mean() < 2e-3
     assert error.max() < 0.01
 
 
