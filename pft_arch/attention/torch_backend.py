@@ -81,7 +81,10 @@ def attend(
         # wider than this, a map is smaller and quicker than the queries and keys that make it
         if keep == n and q.shape[-1] <= n // 8:
             bias = relative_position_bias(table, window).to(q.dtype)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], dropout_p=dropout, scale=1.0)
+            # torch's fused kernels want one width; without them every map of the image is alive at once
+            padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+            out = F.scaled_dot_product_attention(q, k, padded, attn_mask=bias[None], dropout_p=dropout, scale=1.0)
+            out = out[..., : v.shape[-1]]
             return _join(out, window, shift, height, width), DenseCarry(q, k, table)
         carry = None
 
