@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import hashlib
 import io
 import json
 import os
@@ -111,15 +112,28 @@ def add_upscale(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="OUT",
         help="the file to write, for one image; else a folder, made if need be, where images keep their names",
     )
-    parser.add_argument(
-        "-m", "--model", required=True, help="a variant of the list below, or a weights file (.safetensors, .pth)"
-    )
     parser.add_argument("-r", "--recursive", action="store_true", help="go into sub-folders, and keep them in OUT")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist (never an input)")
     parser.add_argument(
         "--format",
         choices=("png", "jpg", "webp", "tiff"),  # images.FORMATS, without importing it
         help="format of the files in OUT (default: that of each input); of a single file its name decides",
+    )
+    _add_network_options(parser)
+    parser.add_argument(
+        "--overlap",
+        type=_whole_number,
+        metavar="N",
+        help="input pixels by which tiles overlap, so that no seam shows (default: the network's own)",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    parser.set_defaults(run=run_upscale)
+
+
+def _add_network_options(parser: Parser) -> None:
+    """Which network, and how it is run."""
+    parser.add_argument(
+        "-m", "--model", required=True, help="a variant of the list below, or a weights file (.safetensors, .pth)"
     )
     parser.add_argument(
         "--tile",
@@ -130,12 +144,6 @@ def add_upscale(commands: argparse._SubParsersAction[Parser]) -> None:
         "(default: 0, as free memory allows)",
     )
     parser.add_argument(
-        "--overlap",
-        type=_whole_number,
-        metavar="N",
-        help="input pixels by which tiles overlap, so that no seam shows (default: the network's own)",
-    )
-    parser.add_argument(
         "--device", default="auto", help="auto (default: GPU where there is one), cpu, cuda, mps, cuda:1, ..."
     )
     parser.add_argument(
@@ -144,8 +152,6 @@ def add_upscale(commands: argparse._SubParsersAction[Parser]) -> None:
         default="auto",
         help="of the arithmetic: half is faster on GPUs (default: auto, fp16 on CUDA and fp32 elsewhere)",
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    parser.set_defaults(run=run_upscale)
 
 
 def _whole_number(text: str) -> int:
@@ -352,6 +358,71 @@ def open_model(model: str, device: torch.device, dtype: torch.dtype) -> PFTSR:
         raise CommandError(str(error)) from error
 
 
+# ------------------------------------------------------------------------------------------------- evaluate
+
+EVALUATE_EXAMPLES = f"""\
+examples:
+  {PROGRAM} evaluate --model light_x2 --hr Set5/HR
+  {PROGRAM} evaluate --model my_weights.safetensors --hr Set5/HR --lr Set5/LR_x4 --precision fp32 --json set5.json
+
+As published code does: luma (BT.601) of 8-bit images without a border of as many pixels as the scale, HR cropped to a
+multiple of it. Published figures are of whole images in fp32; the last line says what yours are of.
+"""
+
+
+def add_evaluate(commands: argparse._SubParsersAction[Parser]) -> None:
+    text = "PSNR and SSIM of a network on a folder of images, beside bicubic interpolation."
+    parser = commands.add_parser("evaluate", help="measure a network on a folder of images", description=text)
+    parser.closing = lambda: f"{EVALUATE_EXAMPLES}\n{catalogue_text()}"
+    parser.add_argument("--hr", required=True, type=Path, metavar="DIR", help="the images that should come out")
+    parser.add_argument(
+        "--lr",
+        type=Path,
+        metavar="DIR",
+        help="the images to enlarge, under the same names (default: made from --hr as MATLAB's bicubic does)",
+    )
+    parser.add_argument("--scale", type=_whole_number, metavar="S", help="refuse a model of another scale")
+    parser.add_argument("--ensemble", action="store_true", help="average 8 turned and mirrored runs (8 times as long)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results, and how they were made, here too")
+    _add_network_options(parser)
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    for folder in (args.hr, args.lr, args.json and args.json.parent):
+        if folder and not folder.is_dir():
+            raise UsageError(f"{folder}: no such folder.")
+    device = pick_device(args.device)
+    model = open_model(args.model, device, pick_dtype(args.precision, device))
+    if args.scale not in (None, model.config.scale):
+        raise UsageError(f"{args.model} enlarges {model.config.scale} times, and --scale says {args.scale}.")
+
+    from tqdm import tqdm
+
+    from .evaluate import evaluate, format_table, to_json
+    from .weights import resolve
+
+    with tqdm(unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            evaluation = evaluate(model, args.hr, args.lr, tile=args.tile, ensemble=args.ensemble, progress=progress)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+    print(format_table(evaluation))
+    if args.json:
+        weights = resolve(args.model)
+        facts = {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+        try:
+            args.json.write_text(json.dumps({"model": facts, **to_json(evaluation)}, indent=2) + "\n", "utf-8")
+        except OSError as error:
+            raise CommandError(f"{args.json}: not written ({error.strerror}).") from error
+    return 0
+
+
 # ------------------------------------------------------------------------------------------------- info
 
 
@@ -395,7 +466,7 @@ def catalogue_text() -> str:
     return "\n".join(["variants:", *(lines or ["  none comes with this version, give a weights file"])])
 
 
-COMMANDS = (add_upscale, add_info)
+COMMANDS = (add_upscale, add_evaluate, add_info)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,21 +24,62 @@ Picture = NDArray[np.uint8]
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files directly in the folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    """Image files directly in the folder, by name. Hidden files are no pictures (macOS writes "._name.png")."""
+    found = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    return sorted(found, key=lambda path: path.name)  # Windows compares paths without case, and so in another order
 
 
 def read_rgb(path: Path) -> Picture:
-    """(H, W, 3) 8-bit."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    """(H, W, 3) 8-bit; grey is repeated, 16-bit grey rounded, transparency left out.
+
+    Raises:
+        ValueError: the file cannot be read; the text names it.
+    """
+    try:
+        with Image.open(path) as image:
+            if not image.mode.startswith("I"):
+                return np.asarray(image.convert("RGB"))
+            grey = np.asarray(image) / 257  # 16 bits, which Pillow's conversion would cut off at 255
+            return np.repeat(grey.round().clip(0, 255).astype(np.uint8)[..., None], 3, 2)
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
+def files_by_name(folder: Path | None) -> dict[str, Path] | None:
+    """The LR files for `read_pair`: images of a folder under their names without suffix; None without a folder."""
+    return {path.stem: path for path in find_images(folder)} if folder else None
+
+
+def read_pair(path: Path, lr: Mapping[str, Path] | None, scale: int) -> tuple[Picture, Picture]:
+    """LR and HR of an HR file, which is cropped to a multiple of the scale.
+
+    Args:
+        lr: LR files by name (`files_by_name`), which may end in the scale ("babyx2" is the LR of "baby"); None makes
+            LR with MATLAB's bicubic.
+
+    Raises:
+        ValueError: a file cannot be read, the LR file is missing, or the sizes do not fit; the text names the file.
+    """
+    high = crop_to_multiple(read_rgb(path), scale)
+    if 0 in high.shape:
+        raise ValueError(f"{path}: smaller than {scale} x {scale} pixels")
+    if lr is None:
+        return shrink(high, scale), high
+    partner = lr.get(path.stem) or lr.get(f"{path.stem}x{scale}")
+    if partner is None:
+        raise ValueError(f"{path}: there is no LR image of that name")
+    low = read_rgb(partner)
+    if (low.shape[0] * scale, low.shape[1] * scale) != high.shape[:2]:
+        sizes = [f"{image.shape[1]}x{image.shape[0]}" for image in (low, high)]
+        raise ValueError(f"{partner}: {sizes[0]} pixels, and the HR image is {sizes[1]}, not {scale} times that")
+    return low, high
 
 
 class Patches(Dataset[tuple[Tensor, Tensor]]):
     """Random patches of LR and HR: item n is the same on every run and every machine, so a resumed run goes on exactly.
 
-    All images are decoded once and kept as 8-bit in memory; an image that cannot be read, or is smaller than a patch,
-    is reported and left out.
+    All images are decoded once and kept as 8-bit in memory; an image that cannot be read, does not fit its LR, or is
+    smaller than a patch is reported and left out.
 
     Args:
         hr: folder of HR images.
@@ -63,23 +104,16 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
         files = find_images(hr) if names is None else [hr / name for name in names]
-        partners = {path.stem: path for path in find_images(lr)} if lr else {}
+        lows = files_by_name(lr)
 
         def load(path: Path) -> tuple[Picture, Picture] | None:
             try:
-                high = crop_to_multiple(read_rgb(path), scale)
-                low = read_rgb(partners[path.stem]) if lr else shrink(high, scale)
-            except KeyError:
-                log.warning("%s: no LR image of that name in %s; left out", path.name, lr)
-                return None
-            except Exception as error:  # whatever a damaged file makes the decoder raise
-                log.warning("%s: cannot be read (%s); left out", path.name, error)
-                return None
-            if low.shape[0] * scale > high.shape[0] or low.shape[1] * scale > high.shape[1]:
-                log.warning("%s: HR %s is not %d times LR %s; left out", path.name, high.shape, scale, low.shape)
+                low, high = read_pair(path, lows, scale)
+            except ValueError as error:
+                log.warning("%s; left out", error)
                 return None
             if min(low.shape[:2]) < patch:
-                log.warning("%s: LR of %d x %d is smaller than a patch; left out", path.name, *low.shape[:2])
+                log.warning("%s: LR of %dx%d is smaller than a patch; left out", path, low.shape[1], low.shape[0])
                 return None
             return low, high
 
@@ -100,6 +134,8 @@ class Patches(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """LR (3, patch, patch) and HR (3, patch * scale, patch * scale) in [0, 1]; one of 8 flips and rotations."""
+        if not 0 <= index < self.length:
+            raise IndexError(f"item {index} of {self.length}")  # ends a plain loop over the items
         random = np.random.default_rng((self.seed, index))
         low, high = self.pairs[random.integers(len(self.pairs))]
         p, s = self.patch, self.scale

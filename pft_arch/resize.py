@@ -33,7 +33,7 @@ def _to_8_bit(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.floor(values + 0.5).clip(0, 255).astype(np.uint8)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # the images of a set often have one size; for a large one a matrix takes many megabytes
 def _matrix(source: int, target: int) -> NDArray[np.float64]:
     """(target, source) weights of every source pixel in every target pixel."""
     factor = target / source
