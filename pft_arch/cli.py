@@ -366,7 +366,8 @@ examples:
   {PROGRAM} evaluate --model my_weights.safetensors --hr Set5/HR --lr Set5/LR_x4 --precision fp32 --json set5.json
 
 As published code does: luma (BT.601) of 8-bit images without a border of as many pixels as the scale, HR cropped to a
-multiple of it. Published figures are of whole images in fp32; the last line says what yours are of.
+multiple of it. Published figures are of whole images in fp32; the last line says what yours are of. Where memory is
+scarce, images are tiled; a --tile as large as the largest image insists on whole ones.
 """
 
 
