@@ -1,4 +1,4 @@
-"""Weights: the catalogue of variants, and files to networks and back.
+"""Weights: names to files, and files to networks and back.
 
 `.safetensors` is the format of this project; metadata holds the configuration. A `.pth` is read with
 `weights_only=True`, so no code in it ever runs.
@@ -14,7 +14,6 @@ import pickle
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,26 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from .attention.windows import relative_position_index
+from .catalogue import BUNDLED, CATALOGUE, SUFFIXES, Variant, WeightsError, catalogue, default_folder
 from .config import PRESETS, PFTConfig, preset
+from .hub import Progress, fetch, fetch_variant, parse_uri
 from .network import PFTSR, from_config
 
-SUFFIXES = (".safetensors", ".pth", ".pt")
+__all__ = [
+    "CATALOGUE",
+    "SUFFIXES",
+    "Variant",
+    "WeightsError",
+    "describe",
+    "from_state_dict",
+    "is_pft",
+    "is_pft_file",
+    "load_model",
+    "resolve",
+    "save_model",
+]
+
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-BUNDLED = Path(__file__).parent / "bundled"
 
 # What marks a PFT file, and what marks ATD, its nearest relative, which shares every other key.
 _LEPE = "layers.0.residual_group.layers.0.v_LePE.depthwise_conv.0.weight"
@@ -43,47 +56,28 @@ _PREFIXES = ("module.", "netG.")
 _RECOMPUTABLE = "relative_position_index_SA"
 
 
-class WeightsError(ValueError):
-    """A weights file cannot be used; the text names the file, what is wrong, and what to do."""
+def resolve(model: str | Path, folder: str | Path | None = None, progress: Progress | None = None) -> Path:
+    """The weights file that a catalogue name, "hf://user/repo[@revision]/file" or a path stands for, verified.
 
-
-@dataclass(frozen=True)
-class Variant:
-    """One entry of the catalogue: weights that can be had by name.
-
-    file: name within the package's `bundled` folder; size: in bytes; training: what it was trained on and how.
-    """
-
-    name: str
-    preset: str
-    scale: int
-    file: str
-    size: int
-    sha256: str
-    licence: str
-    training: str
-
-
-def _load_catalogue() -> dict[str, Variant]:
-    entries = json.loads((BUNDLED / "catalogue.json").read_text("utf-8"))
-    return {entry["name"]: Variant(**entry) for entry in entries}
-
-
-CATALOGUE: Mapping[str, Variant] = _load_catalogue()
-
-
-def resolve(model: str | Path) -> Path:
-    """The weights file that a catalogue name or a path stands for; a bundled file is checked against its sha256.
+    Args:
+        folder: where downloads and catalogue.toml lie; default: `catalogue.default_folder()`.
+        progress: as for `hub.fetch`.
 
     Raises:
-        WeightsError: there is no such name or file, or the bundled file is damaged.
+        WeightsError: there is no such name or file, the bundled file is damaged, or the download fails.
     """
-    variant = CATALOGUE.get(str(model))
+    folder = Path(folder or default_folder())
+    if str(model).startswith("hf://"):
+        return fetch(parse_uri(str(model)), folder, progress)
+    variants = catalogue(folder)
+    variant = variants.get(str(model))
     if variant is None:
         path = Path(model)
         if not path.is_file():
-            raise WeightsError(f"{model}: no such weights file, and no such variant. Variants: {', '.join(CATALOGUE)}")
+            raise WeightsError(f"{model}: no such weights file, and no such variant. Variants: {', '.join(variants)}")
         return path
+    if variant.source == "hub":
+        return fetch_variant(variant, folder, progress)
     path = BUNDLED / variant.file
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != variant.sha256:
         raise WeightsError(f"{path}: the bundled weights of {variant.name} are missing or damaged; reinstall the pack")
