@@ -17,7 +17,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,60 +26,21 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from .config import preset
-from .data import Patches, find_images, read_rgb
+from .data import Patches, files_by_name, find_images, read_pair
 from .metrics import psnr_y
 from .network import PFTSR, from_config
-from .resize import crop_to_multiple, imresize, shrink
+from .recipe import Recipe
+from .resize import imresize
 from .upscale import upscale
 from .weights import load_model, save_model
 
 log = logging.getLogger(__name__)
-
-# Halvings of the published multi-step schedule as parts of the whole: 250, 400, 450, 475, 490 of 500 thousand.
-MILESTONES = (0.5, 0.8, 0.9, 0.95, 0.98)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a run does. Defaults are the published recipe for a light network from scratch, but for the batch.
-
-    hr, lr: folders of training images; without lr, MATLAB's bicubic makes it. out: run folder.
-    val_hr, val_lr: validation images, likewise; None for none.
-    init: weights to start from; the head is made new where they are of another scale.
-    iterations: optimiser steps; minutes: ends earlier at that time. The schedule follows whichever is nearer its end.
-    batch: patches of one step over all processes; patch: side of an LR patch.
-    schedule: "multistep", "cosine", "plateau" or "constant", after `warmup` steps of linear increase.
-    clip: largest norm of the gradient. ema: decay of the averaged weights. every: steps between validations and states.
-    """
-
-    preset: str
-    scale: int
-    hr: Path
-    out: Path
-    lr: Path | None = None
-    names: Path | None = None
-    val_hr: Path | None = None
-    val_lr: Path | None = None
-    init: Path | None = None
-    iterations: int = 500_000
-    minutes: float = math.inf
-    batch: int = 32
-    patch: int = 64
-    rate: float = 5e-4
-    weight_decay: float = 0.0
-    schedule: str = "multistep"
-    warmup: int = 20_000
-    clip: float = 1.0
-    ema: float = 0.999
-    every: int = 5_000
-    precision: str = "no"
-    seed: int = 0
 
 
 class Progress:
@@ -99,85 +60,139 @@ class Progress:
 
 
 def train(recipe: Recipe) -> Path:
-    """Run or resume a training; returns the file with the best averaged weights.
+    """Run or resume a training; returns the file with the best averaged weights, the last ones without validation.
 
     Raises:
         ValueError: no usable images, or weights to start from that do not fit.
     """
-    accelerator = Accelerator(
-        mixed_precision=recipe.precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-    )
-    set_seed(recipe.seed)
-    recipe.out.mkdir(parents=True, exist_ok=True)
-    model = initial_model(recipe)
-    names = recipe.names.read_text("utf-8").split() if recipe.names else None
-    data = Patches(
-        recipe.hr, recipe.lr, recipe.scale, recipe.patch, recipe.iterations * recipe.batch, recipe.seed, names
-    )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
-    )
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=3)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).to(accelerator.device)
-    progress = Progress()
-    net, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.register_for_checkpointing(ema, progress, plateau)
-    if state := newest_state(recipe.out):
-        accelerator.load_state(str(state))
-        log.info("going on from %s", state)
+    return _Run(recipe).go()
 
-    loader = accelerator.prepare(
-        DataLoader(Subset(data, range(progress.iteration * recipe.batch, len(data))), batch_size=recipe.batch)
-    )
-    started = time.monotonic() - progress.seconds
-    sums, bar = np.zeros(2), tqdm(
-        total=recipe.iterations, initial=progress.iteration, disable=not accelerator.is_main_process, mininterval=5
-    )  # fmt: skip
-    for lr, hr in loader:
-        progress.seconds = time.monotonic() - started
-        done = max(progress.iteration / recipe.iterations, progress.seconds / 60 / recipe.minutes)
-        if done >= 1:
-            break
-        if recipe.schedule != "plateau" or progress.iteration < recipe.warmup:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate * rate_factor(recipe.schedule, done, progress.iteration, recipe.warmup)
-        net.train()
-        loss = nn.functional.l1_loss(net(lr).float(), hr)
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(net.parameters(), recipe.clip)
+
+class _Run:
+    """One training in one process of perhaps several."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.precision,
+            dataloader_config=DataLoaderConfiguration(split_batches=True),  # `batch` is that of all processes together
+        )
+        set_seed(recipe.seed)
+        recipe.out.mkdir(parents=True, exist_ok=True)
+        names = recipe.names.read_text("utf-8").split() if recipe.names else None
+        self.data = Patches(
+            recipe.hr, recipe.lr, recipe.scale, recipe.patch, recipe.iterations * recipe.batch, recipe.seed, names
+        )
+        model = initial_model(recipe)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+        )
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=3)
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).to(self.accelerator.device)
+        self.progress = Progress()
+        self.net, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator.register_for_checkpointing(self.ema, self.progress, self.plateau)
+        if state := newest_state(recipe.out):
+            self.accelerator.load_state(str(state))
+            log.info("going on from %s", state)
+
+    def go(self) -> Path:
+        recipe, progress = self.recipe, self.progress
+        rest = Subset(self.data, range(progress.iteration * recipe.batch, len(self.data)))
+        loader = self.accelerator.prepare(DataLoader(rest, batch_size=recipe.batch))
+        started = time.monotonic() - progress.seconds
+        losses: list[float] = []
+        saved = progress.iteration
+        with tqdm(
+            total=recipe.iterations,
+            initial=progress.iteration,
+            disable=not self.accelerator.is_main_process,
+            mininterval=5,
+        ) as bar:
+            for lr, hr in loader:
+                progress.seconds = time.monotonic() - started
+                done = max(progress.iteration / recipe.iterations, progress.seconds / 60 / recipe.minutes)
+                if done >= 1:
+                    break
+                self.set_rate(done)
+                losses.append(self.step(lr, hr))
+                bar.update()
+                if progress.iteration % recipe.every == 0:
+                    bar.set_postfix(self.checkpoint(losses))
+                    losses, saved = [], progress.iteration
+            if saved != progress.iteration:
+                bar.set_postfix(self.checkpoint(losses))
+        self.accelerator.end_training()
+        return recipe.out / ("best.safetensors" if recipe.val_hr else "last.safetensors")
+
+    def set_rate(self, done: float) -> None:
+        if self.recipe.schedule == "plateau" and done >= self.recipe.warmup:
+            return  # from here the plateau scheduler has it
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate_at(done)
+
+    def step(self, lr: Tensor, hr: Tensor) -> float:
+        """One optimiser step; returns the loss over all processes."""
+        self.net.train()
+        loss = nn.functional.l1_loss(self.net(lr).float(), hr)
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.net.parameters(), self.recipe.clip)
         if norm is not None and not torch.isfinite(norm):
-            progress.skipped += 1  # the gradient of this step is of no use; the next may be
+            self.progress.skipped += 1  # the gradient of this step is of no use; the next one's may be
         else:
-            optimizer.step()
-            ema.update_parameters(accelerator.unwrap_model(net))
-        optimizer.zero_grad()
-        progress.iteration += 1
-        sums += float(loss.detach()), 1
-        bar.update()
+            self.optimizer.step()
+            self.ema.update_parameters(self.accelerator.unwrap_model(self.net))
+        self.optimizer.zero_grad()
+        self.progress.iteration += 1
+        return float(self.accelerator.reduce(loss.detach(), "mean"))
 
-        if progress.iteration % recipe.every == 0:
-            _checkpoint(accelerator, recipe, ema.module, optimizer, plateau, progress, data.digest, sums, bar)
-            sums[:] = 0
-    if progress.iteration % recipe.every:
-        _checkpoint(accelerator, recipe, ema.module, optimizer, plateau, progress, data.digest, sums, bar)
-    bar.close()
-    accelerator.end_training()
-    return recipe.out / ("best.safetensors" if recipe.val_hr else "last.safetensors")
+    def checkpoint(self, losses: list[float]) -> dict[str, str]:
+        """Validate, log, and save weights and state; the previous state goes only when the new one is whole."""
+        recipe, progress, main = self.recipe, self.progress, self.accelerator.is_main_process
+        model: Any = self.ema.module
+        psnr = validate(model, recipe) if recipe.val_hr else math.nan
+        if recipe.schedule == "plateau" and not math.isnan(psnr):
+            self.plateau.step(psnr)
+        is_best = psnr > progress.best
+        progress.best = psnr if is_best else progress.best
+        row = {
+            "iteration": progress.iteration,
+            "minutes": round(progress.seconds / 60, 2),
+            "loss": float(np.mean(losses)),
+            "rate": self.optimizer.param_groups[0]["lr"],
+            "psnr_y": psnr,
+            "skipped": progress.skipped,
+        }
+        final = recipe.out / f"state-{progress.iteration:08d}"
+        part = final.with_suffix(".part")
+        if main:
+            metadata = {"training": json.dumps(self.provenance(row))}
+            save_model(model, recipe.out / "last.safetensors", metadata)
+            if is_best:
+                save_model(model, recipe.out / "best.safetensors", metadata)
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if main:
+            os.replace(part, final)
+            write_row(recipe.out / "log.csv", row)
+            for old in recipe.out.glob("state-*"):
+                if old != final:
+                    shutil.rmtree(old)
+        return {"loss": f"{row['loss']:.4f}", "psnr": f"{psnr:.2f}"}
 
-
-def rate_factor(schedule: str, done: float, iteration: int, warmup: int) -> float:
-    """Learning rate as a part of the full one, `done` of the run being over (0 to 1)."""
-    # 1) linear increase
-    if iteration < warmup:
-        return (iteration + 1) / warmup
-    # 2) half a cosine
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    # 3) halvings
-    if schedule == "multistep":
-        return 0.5 ** sum(done >= milestone for milestone in MILESTONES)
-    return 1.0
+    def provenance(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Where weights come from, as JSON types: recipe, what it reached, data, software."""
+        values = {k: v.name if isinstance(v, Path) else v for k, v in asdict(self.recipe).items()}
+        values["minutes"] = None if math.isinf(self.recipe.minutes) else self.recipe.minutes
+        return {
+            "recipe": values,
+            "reached": {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()},
+            "data_sha256": self.data.digest,
+            "processes": self.accelerator.num_processes,
+            "torch": torch.__version__,
+        }
 
 
 def initial_model(recipe: Recipe) -> PFTSR:
@@ -246,51 +261,6 @@ def newest_state(out: Path) -> Path | None:
     return max(states, key=lambda path: int(path.name.removeprefix("state-")), default=None)
 
 
-def _checkpoint(
-    accelerator: Accelerator,
-    recipe: Recipe,
-    model: Any,
-    optimizer: Any,
-    plateau: torch.optim.lr_scheduler.ReduceLROnPlateau,
-    progress: Progress,
-    digest: str,
-    sums: Any,
-    bar: Any,
-) -> None:
-    """Validate, log, and save weights and state; the previous state goes only when the new one is whole."""
-    final = recipe.out / f"state-{progress.iteration:08d}"
-    part = final.with_suffix(".part")
-    psnr = validate(model, recipe) if recipe.val_hr else math.nan
-    if recipe.schedule == "plateau" and not math.isnan(psnr):
-        plateau.step(psnr)
-    is_best = psnr > progress.best
-    progress.best = max(progress.best, psnr) if not math.isnan(psnr) else progress.best
-    if accelerator.is_main_process:
-        row = {
-            "iteration": progress.iteration,
-            "minutes": round(progress.seconds / 60, 2),
-            "loss": float(sums[0] / max(1, sums[1])),
-            "rate": optimizer.param_groups[0]["lr"],
-            "psnr_y": psnr,
-            "skipped": progress.skipped,
-        }
-        bar.set_postfix(loss=f"{row['loss']:.4f}", psnr=f"{psnr:.2f}")
-        write_row(recipe.out / "log.csv", row)
-        metadata = {"training": json.dumps(_provenance(recipe, row, digest))}
-        save_model(model, recipe.out / "last.safetensors", metadata)
-        if is_best:
-            save_model(model, recipe.out / "best.safetensors", metadata)
-        shutil.rmtree(part, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(part))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(part, final)
-        for old in recipe.out.glob("state-*"):
-            if old != final:
-                shutil.rmtree(old)
-
-
 def write_row(path: Path, row: dict[str, Any]) -> None:
     """Append to a CSV file; the first row writes the head."""
     new = not path.exists()
@@ -301,26 +271,18 @@ def write_row(path: Path, row: dict[str, Any]) -> None:
         writer.writerow(row)
 
 
-def _provenance(recipe: Recipe, row: dict[str, Any], digest: str) -> dict[str, Any]:
-    values = {k: v.name if isinstance(v, Path) else v for k, v in asdict(recipe).items()}
-    values["minutes"] = None if math.isinf(recipe.minutes) else recipe.minutes
-    return {"recipe": values, "reached": row, "data_sha256": digest, "torch": torch.__version__}
-
-
 def validate(model: PFTSR, recipe: Recipe) -> float:
     """Mean PSNR-Y over the validation folder; writes a strip LR | SR | HR of each image."""
     assert recipe.val_hr
     model.eval()
     scores = []
-    lows = {path.stem: path for path in find_images(recipe.val_lr)} if recipe.val_lr else {}
+    lows = files_by_name(recipe.val_lr)
+    strips = recipe.out / "strips"
+    strips.mkdir(exist_ok=True)
     for path in find_images(recipe.val_hr):
-        high = crop_to_multiple(read_rgb(path), recipe.scale)
-        low = read_rgb(lows[path.stem]) if recipe.val_lr else shrink(high, recipe.scale)
+        low, high = read_pair(path, lows, recipe.scale)
         sr = upscale(torch.tensor(low)[None].float() / 255, model)[0]
         scores.append(psnr_y(sr, torch.tensor(high).float() / 255, recipe.scale))
-        strips = recipe.out / "strips"
-        strips.mkdir(exist_ok=True)
-        enlarged = imresize(low, *high.shape[:2])
-        picture = np.concatenate([enlarged, (sr * 255).round().byte().numpy(), high], 1)
-        Image.fromarray(picture).save(strips / f"{path.stem}.png")
+        picture = [imresize(low, *high.shape[:2]), (sr * 255).round().byte().numpy(), high]
+        Image.fromarray(np.concatenate(picture, 1)).save(strips / f"{path.stem}.png")
     return float(np.mean(scores))
