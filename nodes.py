@@ -1,10 +1,11 @@
-"""The two nodes, and all that this pack knows of ComfyUI: its folders, its model management, its upscale models.
+"""The nodes, and all that this pack knows of ComfyUI: its folders, its model management, its upscale models.
 
 Torch, spandrel and the networks are imported when a node runs; nothing here slows the host's start.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from spandrel import Architecture, ImageModelDescriptor
 
     from .pft_arch import PFTSR
+    from .pft_arch.hub import HubFile
 
 CATEGORY = "image/upscaling"
 OWN_FOLDER = "pft_sr"
@@ -32,7 +34,17 @@ class PFTSRExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         register_folder()  # not in on_load, which the oldest hosts never call
-        return [PFTSRLoadModel, PFTSRUpscale]
+        return [PFTSRLoadModel, PFTSRLoadModelFromHub, PFTSRUpscale]
+
+
+def precision_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "precision",
+        options=list(PRECISIONS),
+        default="auto",
+        tooltip="Number format of the calculation. auto: fp16 on an NVIDIA or AMD GPU, else fp32. fp16 and "
+        "bf16 need half the memory; fp32 is the most exact, and on a CPU the fastest.",
+    )
 
 
 class PFTSRLoadModel(io.ComfyNode):
@@ -50,33 +62,60 @@ class PFTSRLoadModel(io.ComfyNode):
                 io.Combo.Input(
                     "model",
                     options=model_names(),
-                    tooltip="A model that comes with this pack, or a PFT-SR file (.safetensors or .pth) of your own in "
+                    tooltip="A model of the catalogue, which is downloaded into models/pft_sr when it is first used "
+                    "unless it comes with this pack, or a PFT-SR file (.safetensors or .pth) of your own in "
                     "models/pft_sr or models/upscale_models. Files of other architectures are not listed.",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(PRECISIONS),
-                    default="auto",
-                    tooltip="Number format of the calculation. auto: fp16 on an NVIDIA or AMD GPU, else fp32. fp16 and "
-                    "bf16 need half the memory; fp32 is the most exact, and on a CPU the fastest.",
-                ),
+                precision_input(),
             ],
             outputs=[io.UpscaleModel.Output(tooltip="The model, for PFT-SR Upscale or any other upscale node.")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, model: str, precision: str) -> str:
-        """A file that was replaced under its old name is loaded anew."""
-        stat = model_path(model).stat()
-        return f"{stat.st_mtime_ns} {stat.st_size}"
+        return version(known_path(model))
 
     @classmethod
     def execute(cls, model: str, precision: str) -> io.NodeOutput:
-        from .pft_arch import load_model
+        return io.NodeOutput(load(model_path(model), precision))
 
-        device = model_management.unet_offload_device()
-        network = load_model(model_path(model), device=device, dtype=choose_dtype(precision))
-        return io.NodeOutput(as_upscale_model(network))
+
+class PFTSRLoadModelFromHub(io.ComfyNode):
+    """Any PFT file on the Hugging Face Hub, downloaded once, as the host's UPSCALE_MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PFTSRLoadModelFromHub",
+            display_name="PFT-SR Load Model from Hub",
+            category=CATEGORY,
+            description="Loads a PFT-SR model from the Hugging Face Hub. The file is downloaded into models/pft_sr "
+            "once, and then works without network.",
+            inputs=[
+                io.String.Input("repo_id", default="", tooltip="The repo on the Hub, as user/repo."),
+                io.String.Input(
+                    "filename", default="model.safetensors", tooltip="The file in the repo, .safetensors or .pth."
+                ),
+                io.String.Input(
+                    "revision",
+                    default="main",
+                    tooltip="Branch, tag or commit. Of a branch the file is fetched once; a commit says exactly which.",
+                ),
+                precision_input(),
+            ],
+            outputs=[io.UpscaleModel.Output(tooltip="The model, for PFT-SR Upscale or any other upscale node.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, repo_id: str, filename: str, revision: str, precision: str) -> str:
+        return version(hub_file(repo_id, filename, revision).path(own_folder()))
+
+    @classmethod
+    def execute(cls, repo_id: str, filename: str, revision: str, precision: str) -> io.NodeOutput:
+        from .pft_arch.hub import fetch
+
+        path = fetch(hub_file(repo_id, filename, revision), own_folder(), download_progress())
+        return io.NodeOutput(load(path, precision))
 
 
 class PFTSRUpscale(io.ComfyNode):
@@ -149,30 +188,72 @@ def register_folder() -> None:
     """Make models/pft_sr known to the host, beside whatever extra_model_paths.yaml has named so before."""
     from .pft_arch.weights import SUFFIXES
 
-    folder_paths.add_model_folder_path(OWN_FOLDER, str(Path(folder_paths.models_dir, OWN_FOLDER)))
+    folder_paths.add_model_folder_path(OWN_FOLDER, str(own_folder()))
     paths, _ = folder_paths.folder_names_and_paths[OWN_FOLDER]
     folder_paths.folder_names_and_paths[OWN_FOLDER] = (paths, set(SUFFIXES))  # as it is: files of any kind
 
 
+def own_folder() -> Path:
+    """models/pft_sr, where downloads and the user's catalogue.toml lie."""
+    return Path(folder_paths.models_dir, OWN_FOLDER)
+
+
 def model_names() -> list[str]:
     """What the user may choose: the names of the catalogue, then every PFT file as "folder/file"."""
-    from .pft_arch import CATALOGUE
+    from .pft_arch.catalogue import catalogue
+    from .pft_arch.hub import STAGING
 
-    names = list(CATALOGUE)
+    names = list(catalogue(own_folder()))
     for folder in FOLDERS:
         for file in folder_paths.get_filename_list(folder):
             path = folder_paths.get_full_path(folder, file)
-            if path is not None and is_pft(path):
+            if path is not None and STAGING not in Path(file).parts and is_pft(path):
                 names.append(f"{folder}/{file}")
     return names
 
 
 def model_path(choice: str) -> Path:
-    """The file behind one of `model_names`."""
+    """The file behind one of `model_names`, downloaded if need be."""
     from .pft_arch.weights import resolve
 
     folder, _, file = choice.partition("/")
-    return Path(folder_paths.get_full_path_or_raise(folder, file)) if folder in FOLDERS else resolve(choice)
+    if folder in FOLDERS:
+        return Path(folder_paths.get_full_path_or_raise(folder, file))
+    return resolve(choice, own_folder(), download_progress())
+
+
+def known_path(choice: str) -> Path:
+    """Where that file lies, or will lie once it has been downloaded."""
+    from .pft_arch.catalogue import catalogue
+    from .pft_arch.hub import variant_path
+
+    variant = catalogue(own_folder()).get(choice)
+    return variant_path(variant, own_folder()) if variant and variant.source == "hub" else model_path(choice)
+
+
+def version(path: Path) -> str:
+    """Changes when a file is replaced under its old name, so that it is loaded anew."""
+    stat = path.stat() if path.is_file() else None
+    return f"{stat.st_mtime_ns} {stat.st_size}" if stat else ""
+
+
+def hub_file(repo_id: str, filename: str, revision: str) -> HubFile:
+    from .pft_arch.hub import HubFile
+
+    return HubFile(repo_id.strip(), filename.strip(), revision.strip() or "main")
+
+
+def download_progress() -> Callable[[int, int], None]:
+    """Shows a download in the node, and stops it on cancel."""
+    bars: list[ProgressBar] = []  # made with the first report: a bar before it would clear another node's
+
+    def progress(done: int, total: int) -> None:
+        model_management.throw_exception_if_processing_interrupted()
+        if not bars:
+            bars.append(ProgressBar(total))
+        bars[0].update_absolute(done, total)
+
+    return progress
 
 
 def is_pft(path: str) -> bool:
@@ -192,6 +273,13 @@ def _is_pft(path: str, *_version: int) -> bool:
 
 
 # the host's upscale models and its memory
+
+
+def load(path: Path, precision: str) -> ImageModelDescriptor[PFTSR]:
+    from .pft_arch import load_model
+
+    device = model_management.unet_offload_device()
+    return as_upscale_model(load_model(path, device=device, dtype=choose_dtype(precision)))
 
 
 def choose_dtype(precision: str) -> torch.dtype:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -20,11 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from host.server import REPOSITORY, Graph, Host, Message, Run
+from hub_server import HubServer, Repo
 from pft_arch import CATALOGUE, create_pft_sr, load_model, upscale
 from pft_arch.weights import resolve, save_model
 
 PACK_NAME = "PFT-SR größer"  # a dash, a space and letters beyond ASCII
 BUNDLED = [name for name, variant in CATALOGUE.items() if variant.source == "bundled"]
+NODES = ("PFTSRLoadModel", "PFTSRLoadModelFromHub", "PFTSRUpscale")
 FILES = ("pft_sr/light.safetensors", "upscale_models/light.safetensors", "pft_sr/elsewhere.safetensors")
 REPLACED = "pft_sr/replaced.safetensors"
 BROKEN = "pft_sr/broken.safetensors"
@@ -126,6 +129,12 @@ def assert_same(got: Image.Image, want: np.ndarray[Any, Any]) -> None:
     assert want[..., :3].std() > 1
 
 
+def from_hub(workflow: Graph, repo_id: str, filename: str, revision: str = "main") -> Graph:
+    """The same workflow with PFT-SR Load Model from Hub."""
+    inputs = {"repo_id": repo_id, "filename": filename, "revision": revision, "precision": "auto"}
+    return {**workflow, "model": {"class_type": "PFTSRLoadModelFromHub", "inputs": inputs}}
+
+
 def graph(model: str, image: str, *, precision: str = "auto", tile: int = 0, overlap: int = 16) -> Graph:
     """Load Image, PFT-SR Load Model, PFT-SR Upscale, Save Image."""
     return {
@@ -148,8 +157,8 @@ def test_the_entry_point_can_be_imported_outside_a_host() -> None:
     assert (REPOSITORY / pack.WEB_DIRECTORY / "docs").is_dir()
 
 
-def test_both_nodes_are_offered_with_help_for_every_input(host: Host) -> None:
-    for node in ("PFTSRLoadModel", "PFTSRUpscale"):
+def test_every_node_is_offered_with_help_for_every_input(host: Host) -> None:
+    for node in NODES:
         info = host.object_info(node)
         assert info["description"] and info["category"] == "image/upscaling"
         assert info["display_name"].startswith("PFT-SR ")
@@ -280,19 +289,67 @@ def test_the_example_workflow_runs(host: Host, photo: Image.Image) -> None:
 
 
 def test_the_host_starts_without_what_is_optional(bare_host: Host, photo: Image.Image) -> None:
-    assert bare_host.object_info("PFTSRLoadModel") and bare_host.object_info("PFTSRUpscale")
+    assert all(bare_host.object_info(node) for node in NODES)
     run = bare_host.run(graph(FILES[0], bare_host.add_input("photo.png", photo)))
     assert run.ending == "execution_error"
     assert "pip install spandrel" in run.error
 
 
-@pytest.mark.parametrize("node", ["PFTSRLoadModel", "PFTSRUpscale"])
+@pytest.mark.parametrize("node", NODES)
 def test_each_node_has_a_help_page_where_the_frontend_looks(bare_host: Host, node: str) -> None:
     # The host serves no pack's pages from a folder whose name has a space in it, so this is not asked of `host`.
     page = bare_host.get_text(f"/extensions/{bare_host.pack_name}/docs/{node}.md")
     info = bare_host.object_info(node)
     assert page.startswith(f"# {info['display_name']}\n")
     assert all(f"| `{name}` |" in page for name in info["input"]["required"])
+
+
+def test_a_published_variant_says_how_to_get_it(host: Host, photo: Image.Image) -> None:
+    run = host.run(graph("pft_x4", host.add_input("photo.png", photo)))
+    assert run.ending == "execution_error"
+    assert "003_PFT_SRx4_finetune.pth" in run.error and "PFT_SR_REPO" in run.error
+
+
+def test_models_of_the_hub_arrive_once_and_work_offline_afterwards(
+    home: Path, photo: Image.Image, tmp_path: Path
+) -> None:
+    save_pft(tmp_path / "a.safetensors", seed=7)
+    save_pft(tmp_path / "b.safetensors", seed=8)
+    contents = {name: (tmp_path / name).read_bytes() for name in ("a.safetensors", "b.safetensors")}
+    base = tmp_path / "host"
+    own = base / "models" / "pft_sr"
+    own.mkdir(parents=True)
+    (own / "catalogue.toml").write_text(
+        '[on_the_hub_x2]\nscale = 2\nrepo_id = "someone/pft"\nfile = "a.safetensors"\n'
+        f'sha256 = "{hashlib.sha256(contents["a.safetensors"]).hexdigest()}"\n[broken]\nscale = 7\n'
+    )
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "", "NO_PROXY": "127.0.0.1,localhost"}
+    with HubServer({"someone/pft": Repo(contents)}) as hub:
+        environment["HF_ENDPOINT"] = hub.url
+        with Host(home, base, environment=environment) as online:
+            offered = online.options("PFTSRLoadModel", "model")
+            assert "on_the_hub_x2" in offered and "broken" not in offered
+            by_name = graph("on_the_hub_x2", online.add_input("photo.png", photo))
+            by_address = from_hub(by_name, "someone/pft", "b.safetensors")
+            run_and_compare(online, by_name, photo, tmp_path / "a.safetensors")
+            run_and_compare(online, by_address, photo, tmp_path / "b.safetensors")
+            run_and_compare(online, by_name, photo, tmp_path / "a.safetensors")
+            absent = online.run(from_hub(by_name, "someone/pft", "c.safetensors"))
+            assert "the repo has no such file" in absent.error
+            assert "give the Hub repo as user/repo" in online.run(from_hub(by_name, "", "c.safetensors")).error
+            assert online.log.count("[broken] is left out") == 1
+        assert [request.sent for request in hub.downloads] == [len(content) for content in contents.values()]
+
+    with Host(home, base, environment={**environment, "HF_HUB_OFFLINE": "1"}) as offline:
+        run_and_compare(offline, by_name, photo, tmp_path / "a.safetensors")
+        run_and_compare(offline, by_address, photo, tmp_path / "b.safetensors")
+        assert "offline mode is on" in offline.run(from_hub(by_name, "someone/pft", "c.safetensors")).error
+
+
+def run_and_compare(host: Host, workflow: Graph, image: Image.Image, weights: Path) -> None:
+    run = host.run(workflow)
+    assert run.ending == "execution_success", run.error
+    assert_same(run.images[0], expected(image, weights))
 
 
 def progress(run: Run) -> list[dict[str, int]]:
