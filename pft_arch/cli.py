@@ -133,7 +133,10 @@ def add_upscale(commands: argparse._SubParsersAction[Parser]) -> None:
 def _add_network_options(parser: Parser) -> None:
     """Which network, and how it is run."""
     parser.add_argument(
-        "-m", "--model", required=True, help="a variant of the list below, or a weights file (.safetensors, .pth)"
+        "-m",
+        "--model",
+        required=True,
+        help="a variant of the list below, a weights file (.safetensors, .pth), or hf://user/repo[@revision]/file",
     )
     parser.add_argument(
         "--tile",
@@ -490,7 +493,7 @@ def run_train(args: argparse.Namespace) -> int:
 def add_info(commands: argparse._SubParsersAction[Parser]) -> None:
     parser = commands.add_parser("info", help="say what a weights file is", description="Say what a weights file is.")
     parser.closing = catalogue_text
-    parser.add_argument("model", metavar="FILE", help="a weights file (.safetensors, .pth), or a variant")
+    parser.add_argument("model", metavar="FILE", help="a weights file, a variant, or hf://user/repo[@revision]/file")
     parser.add_argument("--json", action="store_true", help="for programs")
     parser.set_defaults(run=run_info)
 
@@ -520,11 +523,17 @@ def _lines(facts: Mapping[str, object], indent: str = "") -> Iterator[str]:
 
 def catalogue_text() -> str:
     """The variants, as the help lists them."""
-    from .weights import CATALOGUE
+    from .catalogue import catalogue
+    from .hub import has_repo
 
-    width = max(map(len, CATALOGUE), default=0)
-    lines = [f"  {name:{width}}  enlarges {variant.scale} times" for name, variant in CATALOGUE.items()]
-    return "\n".join(["variants:", *(lines or ["  none comes with this version, give a weights file"])])
+    variants = catalogue()
+    width = max(map(len, variants), default=0)
+    lines = ["variants:"]
+    for name, variant in variants.items():
+        hub = "downloaded on first use" if has_repo(variant) else "from its authors, choose it to read how"
+        where = "comes with this version" if variant.source == "bundled" else hub
+        lines.append(f"  {name:{width}}  enlarges {variant.scale} times, {where}")
+    return "\n".join(lines)
 
 
 COMMANDS = (add_upscale, add_evaluate, add_train, add_info)

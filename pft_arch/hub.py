@@ -102,6 +102,11 @@ def hub_file(variant: Variant) -> HubFile:
     return HubFile(repo_id, variant.file, revision, variant.size, variant.sha256, name)
 
 
+def has_repo(variant: Variant) -> bool:
+    """Whether a Hub variant can be downloaded."""
+    return bool(variant.repo_id or os.environ.get(REPO_VARIABLE))
+
+
 def variant_path(variant: Variant, folder: str | Path) -> Path:
     """Where a Hub variant lies in a model folder once it is there."""
     return Path(folder, variant.name + PurePosixPath(variant.file).suffix)
@@ -114,7 +119,7 @@ def fetch_variant(variant: Variant, folder: str | Path, progress: Progress | Non
         WeightsError: as `fetch`, or nobody is known to have it; the text tells how to get it.
     """
     path = variant_path(variant, folder)
-    if variant.repo_id or os.environ.get(REPO_VARIABLE):
+    if has_repo(variant):
         return fetch(hub_file(variant), folder, progress)
     if _is_right(path, variant.size, variant.sha256):
         return path
@@ -284,8 +289,7 @@ def _explain(error: Exception, file: HubFile, path: Path) -> str:
 
     hub = constants.ENDPOINT
     give_token = f"give a token of yours ({hub}/settings/tokens) as HF_TOKEN or by `hf auth login`"
-    response = getattr(find(errors.HfHubHTTPError), "response", None)
-    status = response.status_code if response is not None else 0
+    status = next((s for cause in causes if (s := getattr(getattr(cause, "response", None), "status_code", 0))), 0)
     failed = next((cause for cause in causes if isinstance(cause, OSError) and cause.errno), OSError())
 
     if find(errors.OfflineModeIsEnabled):

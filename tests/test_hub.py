@@ -28,7 +28,10 @@ from huggingface_hub import constants
 
 from hub_server import COMMIT, HubServer, Repo
 from pft_arch.catalogue import CATALOGUE, Variant, WeightsError
+from pft_arch.cli import main
 from pft_arch.hub import STAGING, HubFile, fetch, fetch_variant, parse_uri
+from pft_arch.network import PFTSR
+from pft_arch.weights import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENT = random.Random(0).randbytes(1_000_000)
@@ -303,6 +306,24 @@ def test_addresses_name_files(uri: str, file: HubFile) -> None:
 def test_addresses_that_are_none_or_lead_elsewhere_are_refused(uri: str) -> None:
     with pytest.raises(WeightsError):
         parse_uri(uri)
+
+
+def test_the_command_line_takes_names_and_addresses(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(PFTSR(embed_dim=12, num_blocks=(2,), num_heads=2, window_size=4), tmp_path / "tiny.safetensors")
+    hub.repos["someone/pft"].files["tiny.safetensors"] = (tmp_path / "tiny.safetensors").read_bytes()
+    monkeypatch.setenv("PFT_SR_MODELS", str(tmp_path / "models"))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "catalogue.toml").write_text(
+        '[tiny_x2]\nscale = 2\nrepo_id = "someone/pft"\nfile = "tiny.safetensors"\n'
+    )
+    for model in ("tiny_x2", "hf://someone/pft/tiny.safetensors"):
+        assert main(["info", "--json", model]) == 0
+        assert json.loads(capsys.readouterr().out)["scale"] == 2
+    assert files(tmp_path / "models") == ["catalogue.toml", "someone--pft/main/tiny.safetensors", "tiny_x2.safetensors"]
+    assert main(["info", "hf://someone/pft/absent.safetensors"]) == 1
+    assert "the repo has no such file" in capsys.readouterr().err
 
 
 # what goes wrong at the Hub or on the way
