@@ -1,16 +1,7 @@
-"""The attention chain in the log domain, in plain torch: any device, any dtype, forward and backward.
+"""The attention chain in plain torch, in the log domain (see `chain`): any device, any dtype, forward and backward.
 
-Every softmax divides its row by a constant, and the normalisation after the next product cancels that constant. So the
-chain of products of probabilities is a sum of logits:
-
-    L_l = L_(l-2)[kept] + q_l k_l^T / sqrt(d) + B_l        A_l = softmax(L_l)        kept = top-k of L_l
-
-While nothing has been cut, the sum over layers is one product of concatenated queries and keys, so a dense layer is
-ordinary attention and its carry holds q and k, not a map. The mask between regions is such a product too, over four
-extra channels, one per region: a query holds MASK / 10 in its own region's channel, a key 10 in all but its own. After
-a cut, the carry holds logits relative to their row's maximum, and indices.
-
-Maps exist for one group of windows and heads at a time: small enough for a CPU's cache, bounded on a GPU.
+After a cut, the carry holds logits relative to their row's maximum, and indices. Maps exist for one group of windows
+and heads at a time: small enough for a CPU's cache, bounded on a GPU.
 """
 
 from __future__ import annotations
@@ -20,26 +11,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
-from .windows import MASK, from_windows, regions, relative_position_bias, to_windows
+from .chain import DenseCarry, concatenate, dense_attention, dense_pays, join, split
+from .windows import relative_position_bias
 
 # Scores alive at once. A CPU works on one 1024 x 1024 map (4 MiB) at a time; a GPU needs enough to fill it.
 CPU_GROUP = 2**20
 GPU_GROUP = 2**26
-
-
-@dataclass(frozen=True)
-class DenseCarry:
-    """Nothing cut yet: logits are q k^T + bias(table).
-
-    q, k: (B * windows, heads, n, channels of all layers so far), q scaled; table: sum of the layers' tables.
-    """
-
-    q: Tensor
-    k: Tensor
-    table: Tensor
 
 
 @dataclass(frozen=True)
@@ -61,32 +40,14 @@ def attend(
     dropout: float = 0.0,
 ) -> tuple[Tensor, DenseCarry | MapCarry]:
     """See the package's docstring for arguments and result."""
-    batch, height, width, _ = qkv.shape
+    height, width = qkv.shape[1:3]
     n = window * window
-    q, k, v = rearrange(to_windows(qkv, window, shift), "b n (three h d) -> three b h n d", three=3, h=heads)
-    q = q * q.shape[-1] ** -0.5
-
-    # still dense on the way in: the sum of logits is one product of concatenated queries and keys
+    q, k, v = split(qkv, heads, window, shift)
     if not isinstance(carry, MapCarry):
-        parts_q, parts_k = [q], [k]
-        if shift:
-            region_q, region_k = _region_features(regions(height, width, window, shift, qkv.device), q.dtype)
-            parts_q.append(region_q.repeat(batch, 1, 1)[:, None].expand(-1, heads, -1, -1))
-            parts_k.append(region_k.repeat(batch, 1, 1)[:, None].expand(-1, heads, -1, -1))
-        if carry is not None:
-            parts_q.append(carry.q)
-            parts_k.append(carry.k)
-            table = table + carry.table
-        q, k = torch.cat(parts_q, -1), torch.cat(parts_k, -1)
-        # wider than this, a map is smaller and quicker than the queries and keys that make it
-        if keep == n and q.shape[-1] <= n // 8:
-            bias = relative_position_bias(table, window).to(q.dtype)
-            # torch's fused kernels want one width; without them every map of the image is alive at once
-            padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-            out = F.scaled_dot_product_attention(q, k, padded, attn_mask=bias[None], dropout_p=dropout, scale=1.0)
-            out = out[..., : v.shape[-1]]
-            return _join(out, window, shift, height, width), DenseCarry(q, k, table)
-        carry = None
+        layer = concatenate(q, k, table, carry, height, width, window, shift)
+        if keep == n and dense_pays(layer):
+            return join(dense_attention(layer, v, window, dropout), window, shift, height, width), layer
+        q, k, table, carry = layer.q, layer.k, layer.table, None
 
     bias = relative_position_bias(table, window)
     outs: list[Tensor] = []
@@ -94,13 +55,12 @@ def attend(
     for g, (some, these) in enumerate(_groups(q.shape[0], heads, n, qkv.device)):
         logits, indices = carry.groups[g] if carry else (None, None)
         shared = bias if bias.shape[0] == 1 else bias[these]
-        out, group = _attend_group(
-            q[some, these], k[some, these], v[some, these], shared, logits, indices, keep, dropout
-        )
+        part = (x[some, these] for x in (q, k, v))
+        out, group = _attend_group(*part, shared, logits, indices, keep, dropout)
         outs.append(out)
         groups.append(group)
     out = torch.cat([out.flatten(0, 1) for out in outs]).unflatten(0, (q.shape[0], heads))
-    return _join(out, window, shift, height, width), MapCarry(groups)
+    return join(out, window, shift, height, width), MapCarry(groups)
 
 
 def _attend_group(
@@ -148,12 +108,6 @@ def _sparse_product(weights: Tensor, indices: Tensor, v: Tensor) -> Tensor:
     return bags.view(groups, heads, n, d)
 
 
-def _region_features(region: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Channels (windows, n, 4) of queries and keys whose product is MASK between regions and exactly 0 within one."""
-    own = F.one_hot(region, 4).to(dtype)
-    return own * (MASK / 10), (1 - own) * 10
-
-
 def _groups(windows: int, heads: int, n: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Slices of windows and of heads such that no group's maps hold more scores than the device's limit."""
     limit = max(1, (CPU_GROUP if device.type == "cpu" else GPU_GROUP) // (n * n))
@@ -161,8 +115,3 @@ def _groups(windows: int, heads: int, n: int, device: torch.device) -> Iterator[
     for first in range(0, windows, some):
         for head in range(0, heads, these):
             yield slice(first, first + some), slice(head, min(heads, head + these))
-
-
-def _join(out: Tensor, window: int, shift: int, height: int, width: int) -> Tensor:
-    """(B * windows, heads, n, d) -> (B, H, W, C)."""
-    return from_windows(rearrange(out, "b h n d -> b n (h d)"), window, shift, height, width)
