@@ -5,8 +5,9 @@ Torch, spandrel and the networks are imported when a node runs; nothing here slo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from comfy_api.latest import ComfyExtension, io
 
 if TYPE_CHECKING:
     import torch
-    from spandrel import Architecture, ImageModelDescriptor
+    from spandrel import ImageModelDescriptor
 
     from .pft_arch import PFTSR
     from .pft_arch.hub import HubFile
@@ -33,7 +34,9 @@ class PFTSRExtension(ComfyExtension):
     """The pack as the host sees it."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        register_folder()  # not in on_load, which the oldest hosts never call
+        # not in on_load, which the oldest hosts never call
+        register_folder()
+        register_architecture()
         return [PFTSRLoadModel, PFTSRLoadModelFromHub, PFTSRUpscale]
 
 
@@ -193,6 +196,14 @@ def register_folder() -> None:
     folder_paths.folder_names_and_paths[OWN_FOLDER] = (paths, set(SUFFIXES))  # as it is: files of any kind
 
 
+def register_architecture() -> None:
+    """Let the core's own loader open PFT files. It has imported spandrel by now, unless the host lacks it."""
+    if "spandrel" in sys.modules:
+        from .pft_arch.descriptor import register
+
+        register()
+
+
 def own_folder() -> Path:
     """models/pft_sr, where downloads and the user's catalogue.toml lie."""
     return Path(folder_paths.models_dir, OWN_FOLDER)
@@ -295,47 +306,19 @@ def choose_dtype(precision: str) -> torch.dtype:
 
 def as_upscale_model(network: PFTSR) -> ImageModelDescriptor[PFTSR]:
     """What the host and other packs expect of an UPSCALE_MODEL, with the patcher that newer hosts read off it."""
+    from .pft_arch.descriptor import describe_network
+
     try:
-        from spandrel import ImageModelDescriptor
+        import spandrel  # noqa: F401 (tells whether it is there)
     except ImportError as error:
         raise ImportError(
             "PFT-SR Load Model needs the package spandrel, which ComfyUI's own requirements.txt lists. "
             "Install it into ComfyUI's Python: pip install spandrel"
         ) from error
 
-    model = ImageModelDescriptor(
-        network,
-        network.state_dict(),
-        architecture(),
-        purpose="SR",
-        tags=[],
-        supports_half=True,
-        supports_bfloat16=True,
-        scale=network.config.scale,
-        input_channels=network.config.in_channels,
-        output_channels=network.config.in_channels,
-        call_fn=follow_the_image,
-    )
+    model = describe_network(network)
     model.patcher = make_patcher(network)
     return model
-
-
-@cache
-def architecture() -> Architecture[PFTSR]:
-    """The name that a spandrel descriptor carries; the files themselves are read by `pft_arch.weights`."""
-    from spandrel import Architecture
-
-    class PFTArchitecture(Architecture):
-        def load(self, state_dict: dict[str, Any]) -> ImageModelDescriptor[PFTSR]:
-            raise NotImplementedError("PFT-SR files are opened by the node PFT-SR Load Model")
-
-    return PFTArchitecture(id="PFT", name="PFT-SR", detect=lambda state_dict: False)
-
-
-def follow_the_image(network: PFTSR, image: torch.Tensor) -> torch.Tensor:
-    """Some hosts (0.29 to 0.31) leave single weights behind when they load a model; nothing moves if all are there."""
-    result: torch.Tensor = network.to(image.device)(image)
-    return result
 
 
 def make_patcher(network: PFTSR) -> Any:

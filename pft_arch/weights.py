@@ -31,6 +31,7 @@ from .network import PFTSR, from_config
 __all__ = [
     "CATALOGUE",
     "SUFFIXES",
+    "UnknownConfigError",
     "Variant",
     "WeightsError",
     "describe",
@@ -48,12 +49,24 @@ MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _LEPE = "layers.0.residual_group.layers.0.v_LePE.depthwise_conv.0.weight"
 _TABLE = "layers.0.residual_group.layers.0.attn_win.relative_position_bias_table"
 _QKV = "layers.0.residual_group.layers.0.wqkv.weight"
-_ATD = "residual_group.td"
+_ATD = (".residual_group.td", ".attn_atd.", ".attn_aca.")
 
 # How checkpoints in the wild are wrapped, in the order in which one is preferred to another.
 _WRAPPERS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "netG.")
 _RECOMPUTABLE = "relative_position_index_SA"
+
+
+class UnknownConfigError(WeightsError):
+    """PFT-SR weights that fit no preset and carry no configuration; `seen` is what their shapes tell."""
+
+    def __init__(self, source: str | Path, seen: Mapping[str, Any]) -> None:
+        self.seen = ", ".join(f"{name} {value}" for name, value in seen.items())
+        super().__init__(
+            f"{source}: the file fits no preset ({self.seen}), and shapes do not tell the number of heads and the "
+            "top-k schedule. Pass config=PFTConfig(num_heads=..., top_k=..., ...), or make it a safetensors file with "
+            "its configuration inside by `pft-sr convert --config`"
+        )
 
 
 def resolve(model: str | Path, folder: str | Path | None = None, progress: Progress | None = None) -> Path:
@@ -155,7 +168,9 @@ def is_pft_file(path: str | Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             [table] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             content = archive.read(table)
-        return _LEPE.encode() in content and _TABLE.encode() in content and _ATD.encode() not in content
+        return all(mark.encode() in content for mark in (_QKV, _TABLE)) and not any(
+            mark.encode() in content for mark in _ATD
+        )
     except Exception:  # whatever a foreign or damaged file makes a parser raise
         return False
 
@@ -163,7 +178,7 @@ def is_pft_file(path: str | Path) -> bool:
 def is_pft(keys: Iterable[str]) -> bool:
     """Whether a state dict with these keys is one of PFT-SR; those of related networks are not."""
     keys = set(keys)
-    return _QKV in keys and _TABLE in keys and not any(_ATD in key for key in keys)
+    return _QKV in keys and _TABLE in keys and not any(mark in str(key) for key in keys for mark in _ATD)
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -252,11 +267,7 @@ def _config_of(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[
         candidate = preset(name, seen["scale"])
         if all(getattr(candidate, key) == value for key, value in seen.items()):
             return candidate
-    raise WeightsError(
-        f"{path}: the file fits no preset ({', '.join(f'{k} {v}' for k, v in seen.items())}), and shapes do not "
-        "tell the number of heads and the top-k schedule. Pass config=PFTConfig(num_heads=..., top_k=..., ...), or "
-        "convert the file to safetensors with a `config` in its metadata"
-    )
+    raise UnknownConfigError(path, seen)
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:

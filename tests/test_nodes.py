@@ -29,6 +29,7 @@ PACK_NAME = "PFT-SR größer"  # a dash, a space and letters beyond ASCII
 BUNDLED = [name for name, variant in CATALOGUE.items() if variant.source == "bundled"]
 NODES = ("PFTSRLoadModel", "PFTSRLoadModelFromHub", "PFTSRUpscale")
 FILES = ("pft_sr/light.safetensors", "upscale_models/light.safetensors", "pft_sr/elsewhere.safetensors")
+WRAPPED = "upscale_models/light_wrapped.pth"
 REPLACED = "pft_sr/replaced.safetensors"
 BROKEN = "pft_sr/broken.safetensors"
 OTHER = "another_architecture.safetensors"
@@ -67,6 +68,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pft(common / "light.safetensors", seed=2)
     save_pft(extra / "elsewhere.safetensors", seed=3)
     save_pft(own / "replaced.safetensors", seed=4)
+    torch.save({"params_ema": load_model(common / "light.safetensors").state_dict()}, common / "light_wrapped.pth")
     save_other(common / OTHER)
     save_other(own / OTHER)
     weights = load_file(own / "light.safetensors")
@@ -174,7 +176,7 @@ def test_starting_the_host_with_the_pack_costs_next_to_nothing(host: Host) -> No
 def test_the_catalogue_comes_first_and_only_pft_files_follow(host: Host) -> None:
     offered = host.options("PFTSRLoadModel", "model")
     assert offered[: len(CATALOGUE)] == list(CATALOGUE)
-    assert set(offered[len(CATALOGUE) :]) == {*FILES, REPLACED, BROKEN}
+    assert set(offered[len(CATALOGUE) :]) == {*FILES, WRAPPED, REPLACED, BROKEN}
 
 
 @pytest.mark.parametrize("model", [*BUNDLED, *FILES])
@@ -201,6 +203,21 @@ def test_the_core_upscale_node_takes_the_model(host: Host, models: Path, photo: 
     run = host.run(workflow)
     assert run.ending == "execution_success", run.error
     assert_same(run.images[0], expected(photo, file_of(models, FILES[0])))
+
+
+@pytest.mark.parametrize("file", ["light.safetensors", "light_wrapped.pth"])
+@pytest.mark.parametrize("upscaler", ["ImageUpscaleWithModel", "PFTSRUpscale"])
+def test_the_core_loader_opens_our_files(
+    host: Host, models: Path, photo: Image.Image, file: str, upscaler: str
+) -> None:
+    workflow = graph(FILES[1], host.add_input("photo.png", photo))
+    workflow["model"] = {"class_type": "UpscaleModelLoader", "inputs": {"model_name": file}}
+    if upscaler == "ImageUpscaleWithModel":
+        inputs = {"upscale_model": ["model", 0], "image": ["image", 0]}
+        workflow["upscale"] = {"class_type": upscaler, "inputs": inputs}
+    run = host.run(workflow)
+    assert run.ending == "execution_success", run.error
+    assert_same(run.images[0], expected(photo, file_of(models, FILES[1])))
 
 
 def test_transparency_is_upscaled_too(host: Host, models: Path, photo: Image.Image) -> None:
@@ -331,7 +348,8 @@ def test_models_of_the_hub_arrive_once_and_work_offline_afterwards(
             assert "on_the_hub_x2" in offered and "broken" not in offered
             by_name = graph("on_the_hub_x2", online.add_input("photo.png", photo))
             by_address = from_hub(by_name, "someone/pft", "b.safetensors")
-            run_and_compare(online, by_name, photo, tmp_path / "a.safetensors")
+            first = run_and_compare(online, by_name, photo, tmp_path / "a.safetensors")
+            assert {"value": len(contents["a.safetensors"]), "node": "model"}.items() <= progress(first)[0].items()
             run_and_compare(online, by_address, photo, tmp_path / "b.safetensors")
             run_and_compare(online, by_name, photo, tmp_path / "a.safetensors")
             absent = online.run(from_hub(by_name, "someone/pft", "c.safetensors"))
@@ -346,10 +364,11 @@ def test_models_of_the_hub_arrive_once_and_work_offline_afterwards(
         assert "offline mode is on" in offline.run(from_hub(by_name, "someone/pft", "c.safetensors")).error
 
 
-def run_and_compare(host: Host, workflow: Graph, image: Image.Image, weights: Path) -> None:
+def run_and_compare(host: Host, workflow: Graph, image: Image.Image, weights: Path) -> Run:
     run = host.run(workflow)
     assert run.ending == "execution_success", run.error
     assert_same(run.images[0], expected(image, weights))
+    return run
 
 
 def progress(run: Run) -> list[dict[str, int]]:
