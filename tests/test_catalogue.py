@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,15 @@ def test_what_is_wrong_is_told_once_and_left_out(write: Write, caplog: pytest.Lo
         catalogue(folder)
     [message] = caplog.messages
     assert re.search(match, message)
+
+
+def test_python_3_10_without_tomli_is_told_what_it_lacks(
+    write: Write, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("tomllib", "tomli"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert dict(catalogue(write(GOOD))) == dict(CATALOGUE)
+    assert "pip install tomli" in caplog.text
 
 
 def test_one_bad_entry_does_not_cost_the_others(write: Write, caplog: pytest.LogCaptureFixture) -> None:

@@ -193,6 +193,25 @@ def test_the_token_opens_a_repo_and_stays_with_the_hub(
     assert {request.token for request in hub.downloads} == {""}  # the storage is another host
 
 
+def put_into_cache(content: bytes) -> None:
+    """As another program leaves the file in huggingface_hub's own cache."""
+    path = Path(constants.HF_HUB_CACHE, "models--someone--pft", "snapshots", COMMIT, "x4.safetensors")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+
+
+def test_what_another_program_has_fetched_is_not_fetched_again(hub: HubServer, folder: Path) -> None:
+    put_into_cache(CONTENT)
+    assert fetch(FILE, folder).read_bytes() == CONTENT
+    assert hub.downloads == []
+
+
+def test_damage_in_the_cache_of_another_program_does_no_harm(hub: HubServer, folder: Path) -> None:
+    put_into_cache(OTHER)
+    assert fetch(FILE, folder).read_bytes() == CONTENT
+    assert len(hub.downloads) == 1
+
+
 def test_revisions_are_kept_apart(hub: HubServer, folder: Path) -> None:
     hub.repos["someone/pft"].revisions = ("main", COMMIT, "refs/pr/1")
     paths = {fetch(HubFile("someone/pft", "x4.safetensors", r), folder) for r in ("main", COMMIT, "refs/pr/1")}
@@ -420,6 +439,7 @@ def mounted(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")
 def test_fault_disk_full(hub: HubServer, folder: Path) -> None:
     with mounted(folder, "512k") as change:
         with pytest.raises(WeightsError) as caught:
