@@ -13,18 +13,19 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from .attention.windows import relative_position_index
 from .catalogue import BUNDLED, CATALOGUE, SUFFIXES, Variant, WeightsError, catalogue, default_folder
-from .config import PRESETS, PFTConfig, preset
+from .config import PRESETS, SCALES, PFTConfig, preset
 from .hub import Progress, fetch, fetch_variant, parse_uri
 from .network import PFTSR, from_config
 
@@ -39,8 +40,11 @@ __all__ = [
     "is_pft",
     "is_pft_file",
     "load_model",
+    "read_weights",
     "resolve",
     "save_model",
+    "shapes_tell",
+    "unwrap",
 ]
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
@@ -51,10 +55,9 @@ _TABLE = "layers.0.residual_group.layers.0.attn_win.relative_position_bias_table
 _QKV = "layers.0.residual_group.layers.0.wqkv.weight"
 _ATD = (".residual_group.td", ".attn_atd.", ".attn_aca.")
 
-# How checkpoints in the wild are wrapped, in the order in which one is preferred to another.
-_WRAPPERS = ("params_ema", "params-ema", "params", "state_dict", "model_state_dict", "model", "net")
-_PREFIXES = ("module.", "netG.")
 _RECOMPUTABLE = "relative_position_index_SA"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DEEPEST = 8  # how far down in a checkpoint weights are looked for
 
 
 class UnknownConfigError(WeightsError):
@@ -117,7 +120,7 @@ def load_model(
             not finite, or leaves open what the configuration is.
     """
     path = resolve(path)
-    state, metadata = _read(path)
+    state, metadata = read_weights(path)
     return from_state_dict(state, metadata, source=str(path), device=device, dtype=dtype, config=config)
 
 
@@ -130,12 +133,17 @@ def from_state_dict(
     dtype: torch.dtype = torch.float32,
     config: PFTConfig | None = None,
 ) -> PFTSR:
-    """The network of a plain state dict with published keys, as `load_model`; `source` names it in errors.
+    """The network of a state dict with published keys, as `load_model`; `source` names it in errors.
 
     Raises:
         WeightsError: as `load_model`.
     """
+    state = unwrap(state)
     config = config or _config_of(source, state, metadata or {})
+    if sum(config.num_blocks) > len(state):  # said before a network of thousands of layers is built in vain
+        raise WeightsError(
+            f"{source}: its configuration asks for {sum(config.num_blocks)} layers, and it holds {len(state)} tensors"
+        )
     with torch.device("meta"):
         model = from_config(config)
     _check_fit(source, model, state)
@@ -176,16 +184,17 @@ def is_pft_file(path: str | Path) -> bool:
 
 
 def is_pft(keys: Iterable[str]) -> bool:
-    """Whether a state dict with these keys is one of PFT-SR; those of related networks are not."""
-    keys = set(keys)
-    return _QKV in keys and _TABLE in keys and not any(mark in str(key) for key in keys for mark in _ATD)
+    """Whether a state dict with these keys, prefixed or not, is one of PFT-SR; those of related networks are not."""
+    text = list(map(str, keys))
+    marked = all(any(key.endswith(mark) for key in text) for mark in (_QKV, _TABLE))
+    return marked and not any(mark in key for key in text for mark in _ATD)
 
 
 def _header(path: Path) -> dict[str, Any]:
     """The table of contents of a .safetensors file: 8 bytes of length, then JSON."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= MAX_HEADER:
+        if not 2 <= length <= min(MAX_HEADER, path.stat().st_size):
             raise ValueError(f"a header of {length} bytes")
         return dict(json.loads(file.read(length)))
 
@@ -197,7 +206,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         WeightsError: the file cannot be read or holds no PFT weights.
     """
     path = resolve(path)
-    state, metadata = _read(path)
+    state, metadata = read_weights(path)
     config = _config_of(path, state, metadata)
     named = [name for name in PRESETS if preset(name, config.scale) == config]
     return {
@@ -214,70 +223,129 @@ def describe(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """State dict under the published keys, and metadata; only files with PFT weights pass."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """State dict under the published keys, and metadata, of a file with PFT weights.
+
+    Raises:
+        WeightsError: the file cannot be read or holds no PFT weights.
+    """
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 metadata = dict(file.metadata() or {})
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+                loaded: Any = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         else:
-            state, metadata = torch.load(path, map_location="cpu", weights_only=True), {}
+            loaded = _read_pth(path)
+            metadata = _metadata_of(loaded)
     except pickle.UnpicklingError:
         raise WeightsError(
             f"{path}: not a plain weights file: reading it would run code, or it is no PyTorch file. Nothing was run. "
             "Get the weights as .safetensors"
         ) from None
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except Exception as error:  # whatever a damaged file makes a parser raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path}: cannot be read ({reason}); it may be cut or damaged, so get it again") from None
 
-    state = _unwrap(state)
+    state = unwrap(loaded)
     if not is_pft(state):
-        found = ", ".join(sorted(map(str, state))[:3]) or "nothing"
-        raise WeightsError(f"{path}: no PFT-SR weights. It holds {len(state)} entries ({found}, ...), not {_LEPE}")
+        found = ", ".join(sorted(state)[:3]) or "nothing"
+        raise WeightsError(f"{path}: no PFT-SR weights. It holds {len(state)} entries ({found}, ...), not {_QKV}")
     return state, metadata
 
 
-def _unwrap(loaded: Any) -> dict[str, Tensor]:
-    """The plain state dict in a checkpoint: wrapper keys and prefixes of training frameworks removed."""
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            return _unwrap(loaded[wrapper])
-    state = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
-    for prefix in _PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+def _read_pth(path: Path) -> Any:
+    """What torch.save has written, without running code, and without trusting the sizes that the file claims."""
+    with zipfile.ZipFile(path) as archive:  # the older formats, which no PFT file has, are not zips
+        records = Counter(entry.file_size for entry in archive.infolist())
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("torch.save compresses nothing, and this is compressed")  # and may unpack to terabytes
+        if sum(size * count for size, count in records.items()) > path.stat().st_size:
+            raise ValueError("it claims to be larger than it is")
+        for order in (name for name in archive.namelist() if name.endswith("/byteorder")):
+            if archive.read(order) != b"little":  # swapping would trust those sizes
+                raise ValueError("its byte order is not this machine's")
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = [value for _, inner in _dicts(loaded) for value in inner.values() if _usable(value)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    if Counter(storages.values()) - records:
+        raise ValueError("its tensors are larger than its data")
+    return loaded
+
+
+def _dicts(loaded: Any) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """All nested dicts, outermost first, with the names that lead there. Each once: a hostile one may hold itself."""
+    queue, seen = deque([("", loaded, 0)]), set()
+    while queue:
+        path, value, depth = queue.popleft()
+        if isinstance(value, Mapping) and id(value) not in seen and depth < _DEEPEST:
+            seen.add(id(value))
+            yield path, value
+            queue += [(f"{path}{name}/", inner, depth + 1) for name, inner in value.items()]
+
+
+def _usable(value: Any) -> bool:
+    """Whether something is a plain tensor with data: a file may hold sparse, quantized and data-less ones too."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    return plain and not value.is_nested and value.device.type != "meta"
+
+
+def unwrap(loaded: Any) -> dict[str, Tensor]:
+    """The plain state dict in a checkpoint, whatever training frameworks put around it and before its keys.
+
+    Of several the averaged one is taken, which they call `params_ema` and the like, else the first. Without any, the
+    tensors of the outermost dict, for the error message.
+    """
+    found = []
+    for path, inner in _dicts(loaded):
+        tensors = {key: value for key, value in inner.items() if isinstance(key, str) and _usable(value)}
+        for prefix in [key.removesuffix(_QKV) for key in tensors if key.endswith(_QKV)]:
+            state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            found.append((path + prefix, state))
+    averaged = [state for path, state in found if "ema" in path.lower()]
+    for state in averaged + [state for _, state in found]:
+        return state
+    return {str(key): value for key, value in loaded.items() if _usable(value)} if isinstance(loaded, Mapping) else {}
+
+
+def _metadata_of(loaded: Any) -> dict[str, str]:
+    """What a training framework has put beside the weights in a .pth, as a safetensors file would hold it."""
+    beside = loaded.get("metadata") if isinstance(loaded, Mapping) else None
+    try:
+        return {"metadata": json.dumps(beside)} if isinstance(beside, Mapping) else {}
+    except (TypeError, ValueError):
+        return {}
 
 
 def _config_of(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> PFTConfig:
     if "config" in metadata:
         try:
             return PFTConfig.from_dict(json.loads(metadata["config"]))
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             raise WeightsError(f"{path}: the configuration in its metadata is not usable: {error}") from None
+    try:  # one training framework leaves the network's arguments there
+        arguments = json.loads(metadata.get("metadata", "{}"))
+        if "embed_dim" in arguments:
+            return PFTConfig.from_dict(arguments)
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        pass  # something else is there
     try:
-        seen = _shapes(state)
+        seen = shapes_tell(state)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise WeightsError(
             f"{path}: PFT-SR weights of unknown layout ({error!r}); pass config=PFTConfig(...)"
         ) from None
-    for name in PRESETS:
+    for name in PRESETS if seen["scale"] in SCALES else ():
         candidate = preset(name, seen["scale"])
         if all(getattr(candidate, key) == value for key, value in seen.items()):
             return candidate
     raise UnknownConfigError(path, seen)
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def shapes_tell(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The configuration's fields that tensor shapes tell."""
     width, channels = state["conv_first.weight"].shape[:2]
-    groups = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("layers."))
-    layers = [
-        {key.split(".")[4] for key in state if key.startswith(f"layers.{g}.residual_group.layers.")}
-        for g in range(groups)
-    ]
+    paths = [key.split(".") for key in state if ".residual_group.layers." in key]
+    layers = Counter(int(group) for group, _ in {(path[1], path[4]) for path in paths})
     first = "layers.0.residual_group.layers.0."
     fc1 = state[first + "convffn.fc1.weight"]
     if "conv_hr.weight" in state:
@@ -292,7 +360,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "scale": scale,
         "in_channels": channels,
         "embed_dim": width,
-        "num_blocks": tuple(len(group) for group in layers),
+        "num_blocks": tuple(layers[group] for group in sorted(layers)),
         "window_size": (math.isqrt(state[_TABLE].shape[0]) + 1) // 2,
         "kernel_size": state[first + "convffn.dwconv.depthwise_conv.0.weight"].shape[-1],
         "mlp_ratio": fc1.shape[0] / fc1.shape[1],
@@ -312,8 +380,8 @@ def _check_fit(path: str | Path, model: PFTSR, state: Mapping[str, Tensor]) -> N
     for key in sorted(expected.keys() & state.keys() - {_RECOMPUTABLE}):
         if expected[key].shape != state[key].shape:
             problems.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}")
-        elif not state[key].is_floating_point():
-            problems.append(f"{key} is {state[key].dtype}, expected floating point")
+        elif state[key].dtype not in _FLOATS:
+            problems.append(f"{key} is {state[key].dtype}, expected floating point of 16, 32 or 64 bits")
         elif not torch.isfinite(state[key].float()).all():
             problems.append(f"{key} holds values that are not finite")
     if problems:

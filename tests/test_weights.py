@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from conftest import Golden, golden_files
 from pft_arch import CATALOGUE, PFTSR, PFTConfig, WeightsError, create_pft_sr, load_model
@@ -86,6 +89,52 @@ def test_checkpoints_of_training_frameworks_load(model: PFTSR, tmp_path: Path, w
     state = {prefix + k: v for k, v in model.state_dict().items() if k != "relative_position_index_SA"}
     torch.save({wrapper: state, "epoch": 3}, tmp_path / "net.pth")
     assert same(load_model(tmp_path / "net.pth", config=model.config), model)
+
+
+def in_a_lightning_checkpoint(state: dict[str, Tensor]) -> dict[str, Any]:
+    others = {f"net.{key}": value + 1 for key, value in state.items()} | {"loss.weight": torch.ones(3)}
+    return {"epoch": 3, "state_dict": others | {f"net_ema.{key}": value for key, value in state.items()}}
+
+
+FRAMEWORKS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "torch.compile": lambda state: {f"_orig_mod.{key}": value for key, value in state.items()},
+    "compiled in DDP": lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}},
+    "torch AveragedModel": lambda state: {"n_averaged": torch.tensor(9)} | {f"module.{k}": v for k, v in state.items()},
+    "Lightning": in_a_lightning_checkpoint,
+    "nested": lambda state: {"ema": {"decay": 0.999, "shadow": state}, "optimizer": {"state": {0: {"step": 1}}}},
+}
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".safetensors"])
+def test_whatever_frameworks_put_around_and_before_the_keys_is_removed(
+    model: PFTSR, tmp_path: Path, framework: str, suffix: str
+) -> None:
+    checkpoint = FRAMEWORKS[framework](model.state_dict())
+    if suffix == ".safetensors":
+        if not all(isinstance(value, Tensor) for value in checkpoint.values()):
+            pytest.skip("a safetensors file holds tensors only")
+        save_file(checkpoint, tmp_path / "net.safetensors")
+    else:
+        torch.save(checkpoint, tmp_path / f"net{suffix}")
+    assert is_pft_file(tmp_path / f"net{suffix}")
+    assert same(load_model(tmp_path / f"net{suffix}", config=model.config), model)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_arguments_that_a_framework_leaves_in_its_metadata_are_used(model: PFTSR, tmp_path: Path, suffix: str) -> None:
+    arguments = {"upscale": 2, "depths": [2, 3], "num_topk": [16] * 5, "convffn_kernel_size": 3, "mlp_ratio": 2.0}
+    arguments |= {"embed_dim": 12, "num_heads": 2, "window_size": 4, "img_size": 64, "upsampler": "pixelshuffle"}
+    if suffix == ".pth":
+        torch.save({"metadata": arguments, "params": model.state_dict()}, tmp_path / "net.pth")
+    else:
+        save_file(model.state_dict(), tmp_path / "net.safetensors", {"metadata": json.dumps(arguments)})
+    assert load_model(tmp_path / f"net{suffix}").config == model.config
+
+
+def test_metadata_of_another_kind_is_no_obstacle(tmp_path: Path) -> None:
+    save_file(create_pft_sr(2, "light").state_dict(), tmp_path / "net.safetensors", {"metadata": '["notes"]'})
+    assert load_model(tmp_path / "net.safetensors").config == replace(PRESETS["light"], scale=2)
 
 
 def test_averaged_weights_are_preferred(model: PFTSR, tmp_path: Path) -> None:
