@@ -11,7 +11,7 @@ import json
 import math
 import os
 import pickle
-import tempfile
+import secrets
 import zipfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -157,14 +157,13 @@ def save_model(model: PFTSR, path: str | Path, metadata: Mapping[str, str] | Non
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k != _RECOMPUTABLE}
     content = serialize(state, {**(metadata or {}), "config": json.dumps(model.config.to_dict())})
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # beside it: a rename stays on one disk
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def is_pft_file(path: str | Path) -> bool:
