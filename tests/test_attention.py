@@ -11,7 +11,7 @@ from torch import Tensor
 
 from conftest import Golden, golden_files
 from pft_arch import load_model
-from pft_arch.attention import BACKENDS, reference, torch_backend
+from pft_arch.attention import BACKENDS, get_backend, reference, torch_backend
 from pft_arch.attention.windows import (
     from_windows,
     regions,
@@ -44,9 +44,9 @@ def test_chain_equals_the_reference_forward_and_backward(backend: str, chain: st
     tables = [torch.randn((2 * window - 1) ** 2, columns, dtype=torch.float64, requires_grad=True) for _ in kept]
 
     def run(name: str) -> tuple[list[Tensor], list[Tensor]]:
-        carry, outs = None, []
+        attend, carry, outs = get_backend(name), None, []
         for qkv, table, keep in zip(inputs, tables, kept, strict=True):
-            out, carry = BACKENDS[name](
+            out, carry = attend(
                 qkv, table, carry, heads=heads, window=window, shift=window // 2 if shifted else 0, keep=keep
             )
             outs.append(out)
@@ -59,6 +59,24 @@ def test_chain_equals_the_reference_forward_and_backward(backend: str, chain: st
         assert torch.allclose(got, expected, atol=1e-9)
     for got, expected in zip(gradients, expected_gradients, strict=True):
         assert torch.allclose(got, expected, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("columns", ["shared", "per head"])
+@pytest.mark.parametrize("shifted", [False, True], ids=["unshifted", "shifted"])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_compiled_kernel_equals_the_reference_in_float32(chain: str, shifted: bool, columns: str) -> None:
+    pytest.importorskip("numba")
+    window, heads, width, kept = CHAINS[chain]
+    torch.manual_seed(2)
+    carry, expected_carry = None, None
+    for keep in kept:
+        qkv = torch.randn(2, 2 * window, 3 * window, 3 * heads * width)
+        table = torch.randn((2 * window - 1) ** 2, heads if columns == "per head" else 1)
+        options = {"heads": heads, "window": window, "shift": window // 2 if shifted else 0, "keep": keep}
+        with torch.inference_mode():
+            out, carry = get_backend("numba")(qkv, table, carry, **options)
+            expected, expected_carry = reference.attend(qkv.double(), table.double(), expected_carry, **options)
+        assert torch.allclose(out.double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("limit", [1, 2**9, 2**12])

@@ -41,7 +41,7 @@ def test_tiles_leave_no_seam(model: PFTSR, photo: Tensor, tile: int, overlap: in
     tiled = upscale(photo, model, tile=tile, overlap=overlap)
     error = (tiled - whole(photo, model)).abs()
     assert error.mean() < 2e-3
-    assert error.max() < 0.01
+    assert error.max() < 0.03
 
 
 def test_overlap_brings_tiles_closer_to_the_untiled_picture(model: PFTSR, photo: Tensor) -> None:

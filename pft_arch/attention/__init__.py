@@ -10,32 +10,35 @@ A backend is a function `attend(qkv, table, carry, *, heads, window, shift, keep
     dropout  probability for the attention weights; 0 outside training
 
 and returns (out (B, H, W, C), carry). The carry belongs to the backend that made it: nobody else looks inside.
-The mathematics: paper (arXiv 2503.20337) section 3.2, and the log-domain form in `torch_backend`.
+The mathematics: paper (arXiv 2503.20337) section 3.2, and the log-domain form in `chain`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
-from . import reference, torch_backend
-
 Carry = Any
 Attend = Callable[..., tuple[Tensor, Carry]]
 
-BACKENDS: dict[str, Attend] = {"reference": reference.attend, "torch": torch_backend.attend}
+# Name and module of each; modules are imported when asked for, since some need a package that may be absent.
+BACKENDS = {"reference": "reference", "torch": "torch_backend", "numba": "numba_backend"}
 
 
 def get_backend(name: str) -> Attend:
-    """The attention function of that name; "auto" is the fastest one that runs here.
+    """The attention function of that name; "auto" is the one that serves everywhere.
 
     Raises:
-        ValueError: there is no backend of that name.
+        ValueError: there is no backend of that name, or a package that it needs is missing.
     """
-    if name == "auto":
-        return BACKENDS["torch"]
-    if name not in BACKENDS:
+    module = BACKENDS.get("torch" if name == "auto" else name)
+    if module is None:
         raise ValueError(f"there is no attention backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name]
+    try:
+        attend: Attend = import_module(f".{module}", __name__).attend
+    except ImportError as error:
+        raise ValueError(f"the attention backend {name!r} needs a package that is missing: {error}") from error
+    return attend

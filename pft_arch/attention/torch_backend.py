@@ -55,8 +55,9 @@ def attend(
     for g, (some, these) in enumerate(_groups(q.shape[0], heads, n, qkv.device)):
         logits, indices = carry.groups[g] if carry else (None, None)
         shared = bias if bias.shape[0] == 1 else bias[these]
-        part = (x[some, these] for x in (q, k, v))
-        out, group = _attend_group(*part, shared, logits, indices, keep, dropout)
+        out, group = _attend_group(
+            q[some, these], k[some, these], v[some, these], shared, logits, indices, keep, dropout
+        )
         outs.append(out)
         groups.append(group)
     out = torch.cat([out.flatten(0, 1) for out in outs]).unflatten(0, (q.shape[0], heads))
