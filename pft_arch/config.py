@@ -71,7 +71,7 @@ class PFTConfig:
             ("resi_connection", RESI_CONNECTIONS),
             ("norm_type", NORM_TYPES),
         ):
-            if getattr(self, name) not in allowed:
+            if isinstance(getattr(self, name), float) or getattr(self, name) not in allowed:  # 2.0 is in (2, 3, 4)
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {getattr(self, name)!r}")
         for name, low, high in (
             ("in_channels", 1, 64),
@@ -81,12 +81,12 @@ class PFTConfig:
             ("kernel_size", 1, 31),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or not low <= value <= high:
+            if type(value) is not int or not low <= value <= high:  # True is an int too
                 raise ValueError(f"{name} must be a whole number from {low} to {high}; got {value!r}")
         if (
             not self.num_blocks
             or len(self.num_blocks) > 64
-            or not all(isinstance(d, int) and 1 <= d <= 64 for d in self.num_blocks)
+            or not all(type(d) is int and 1 <= d <= 64 for d in self.num_blocks)
         ):
             raise ValueError(f"num_blocks must list 1 to 64 groups of 1 to 64 layers; got {self.num_blocks!r}")
         if self.embed_dim % self.num_heads:
@@ -106,7 +106,7 @@ class PFTConfig:
         top_k = (top_k,) * depth if isinstance(top_k, int) else tuple(top_k)
         if len(top_k) != depth:
             raise ValueError(f"top_k must have one number per layer: {depth} layers, {len(top_k)} numbers")
-        if not all(isinstance(k, int) and k >= 1 for k in top_k):
+        if not all(type(k) is int and k >= 1 for k in top_k):
             raise ValueError(f"top_k must be whole numbers of at least 1; got {top_k!r}")
         object.__setattr__(self, "top_k", tuple(min(k, tokens) for k in top_k))
         kept = [tokens, tokens]

@@ -45,7 +45,7 @@ def registry() -> Any:
     """All that spandrel knows, its non-commercial companion included where it is installed, and PFT-SR."""
     full = spandrel.MAIN_REGISTRY.copy()
     try:
-        from spandrel_extra_arches import EXTRA_REGISTRY
+        from spandrel_extra_arches import EXTRA_REGISTRY  # type: ignore[import-untyped, import-not-found, unused-ignore]
     except ImportError:
         pass
     else:
