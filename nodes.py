@@ -126,8 +126,6 @@ class PFTSRUpscale(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        from .pft_arch.upscale import DEFAULT_OVERLAP
-
         return io.Schema(
             node_id="PFTSRUpscale",
             display_name="PFT-SR Upscale",
@@ -148,12 +146,12 @@ class PFTSRUpscale(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "overlap",
-                    default=DEFAULT_OVERLAP,
+                    default=0,
                     min=0,
                     max=512,
                     step=8,
-                    tooltip="How far neighbouring tiles overlap, in pixels of the original image. More hides the seams "
-                    "better and takes longer.",
+                    tooltip="How far neighbouring tiles overlap, in pixels of the original image. 0 chooses it by the "
+                    "model's windows, such that no seam shows. More takes longer.",
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The enlarged images.")],

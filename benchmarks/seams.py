@@ -19,7 +19,7 @@ from pft_arch.images import read_image
 from pft_arch.upscale import _spans
 
 HERE = Path(__file__).parent
-TILES = ((64, 0), (64, 16), (64, 32), (128, 0), (128, 16), (128, 32), (128, 64), (256, 32))  # side and overlap
+TILES = ((64, 8), (64, 16), (64, 32), (128, 8), (128, 16), (128, 32), (128, 64), (256, 32))  # side and overlap
 
 
 def main() -> None:

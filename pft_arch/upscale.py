@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 Plane = tuple[Tensor, Tensor]  # (H, W, C) picture, (H * scale, W * scale, C) place for the result
 
-DEFAULT_OVERLAP = 32  # LR pixels; see the seam measurements in the README
+MIN_OVERLAP, WINDOWS_OVERLAP = 32, 2  # automatic overlap: LR pixels and windows, whichever is more (benchmarks/seams)
 HOST_BYTES = 2**30  # for a pass on a CPU or a Mac: larger tiles are no faster there and take memory from others
 BATCH_PIXELS = 2**14  # LR pixels per forward pass up to which small tiles and frames are taken together
 
@@ -53,7 +53,7 @@ def upscale(
     model: PFTSR,
     *,
     tile: int = 0,
-    overlap: int = DEFAULT_OVERLAP,
+    overlap: int = 0,
     progress: Callable[[int, int], None] | None = None,
     check_cancel: Callable[[], None] | None = None,
 ) -> Tensor:
@@ -69,7 +69,7 @@ def upscale(
             whose `in_channels` is not 3 takes images of just that many channels.
         model: a PFTSR in eval mode.
         tile: side of a tile in LR pixels, rounded up to whole windows, at least two; 0 chooses one from free memory.
-        overlap: LR pixels that neighbouring tiles share, rounded up to whole windows.
+        overlap: LR pixels that neighbouring tiles share, rounded up to whole windows; 0 chooses by the window.
         progress: called as progress(done, total) in units of tiles of the whole batch.
         check_cancel: called before each pass; what it raises stops the work and passes through.
 
@@ -89,7 +89,7 @@ def upscale(
         raise ValueError(f"tile and overlap cannot be negative; got {tile} and {overlap}")
 
     window = c.window_size
-    overlap = -(-overlap // window) * window
+    overlap = -(-(overlap or max(MIN_OVERLAP, WINDOWS_OVERLAP * window)) // window) * window
     side = max(2, -(-tile // window)) * window if tile else auto_tile(model, *image.shape[1:3])
     side = max(side, overlap + window)  # a tile must reach beyond what it shares
 
