@@ -124,8 +124,9 @@ def add_upscale(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument(
         "--overlap",
         type=_whole_number,
+        default=0,
         metavar="N",
-        help="input pixels by which tiles overlap, so that no seam shows (default: the network's own)",
+        help="input pixels by which tiles overlap, so that no seam shows (default: 0, by the network's window)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     parser.set_defaults(run=run_upscale)
@@ -210,14 +211,13 @@ def run_upscale(args: argparse.Namespace) -> int:
 def upscale_file(job: Job, model: PFTSR, args: argparse.Namespace, progress: Callable[[int, int], None]) -> None:
     """One image from file to file. Whatever can be refused is refused before the work begins."""
     from .images import check_size, prepare_target, read_image, write_image
-    from .upscale import DEFAULT_OVERLAP, upscale
+    from .upscale import upscale
 
     prepare_target(job.target, overwrite=args.overwrite)
     picture = read_image(job.source)
     height, width, _ = picture.pixels.shape
     check_size(job.target, width * model.config.scale, height * model.config.scale)
-    overlap = DEFAULT_OVERLAP if args.overlap is None else args.overlap
-    pixels = upscale(picture.pixels[None], model, tile=args.tile, overlap=overlap, progress=progress)[0]
+    pixels = upscale(picture.pixels[None], model, tile=args.tile, overlap=args.overlap, progress=progress)[0]
     write_image(replace(picture, pixels=pixels), job.target, overwrite=args.overwrite)
 
 
