@@ -70,17 +70,24 @@ class PFTSRLoadModel(io.ComfyNode):
                     "models/pft_sr or models/upscale_models. Files of other architectures are not listed.",
                 ),
                 precision_input(),
+                io.String.Input(
+                    "file",
+                    default="",
+                    optional=True,
+                    tooltip="Path of a PFT-SR file anywhere on ComfyUI's machine, taken in place of the model above. "
+                    "Leave it empty to choose by name.",
+                ),
             ],
             outputs=[io.UpscaleModel.Output(tooltip="The model, for PFT-SR Upscale or any other upscale node.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model: str, precision: str) -> str:
-        return version(known_path(model))
+    def fingerprint_inputs(cls, model: str, precision: str, file: str = "") -> str:
+        return version(local_path(file) if file.strip() else known_path(model))
 
     @classmethod
-    def execute(cls, model: str, precision: str) -> io.NodeOutput:
-        return io.NodeOutput(load(model_path(model), precision))
+    def execute(cls, model: str, precision: str, file: str = "") -> io.NodeOutput:
+        return io.NodeOutput(load(local_path(file) if file.strip() else model_path(model), precision))
 
 
 class PFTSRLoadModelFromHub(io.ComfyNode):
@@ -229,6 +236,11 @@ def model_path(choice: str) -> Path:
     if folder in FOLDERS:
         return Path(folder_paths.get_full_path_or_raise(folder, file))
     return resolve(choice, own_folder(), download_progress())
+
+
+def local_path(text: str) -> Path:
+    """A path as users paste it: quoted by a file manager, or from their home."""
+    return Path(text.strip().strip("\"'")).expanduser()
 
 
 def known_path(choice: str) -> Path:

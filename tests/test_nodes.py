@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from host.server import REPOSITORY, Graph, Host, Message, Run
 from hub_server import HubServer, Repo
-from pft_arch import CATALOGUE, create_pft_sr, load_model, upscale
+from pft_arch import CATALOGUE, cli, create_pft_sr, load_model, upscale
 from pft_arch.weights import resolve, save_model
 
 PACK_NAME = "PFT-SR größer"  # a dash, a space and letters beyond ASCII
@@ -184,6 +184,30 @@ def test_every_model_gives_what_the_library_gives(host: Host, models: Path, phot
     run = host.run(graph(model, host.add_input("photo.png", photo)))
     assert run.ending == "execution_success", run.error
     assert_same(run.images[0], expected(photo, file_of(models, model)))
+
+
+def test_the_command_line_gives_the_same_picture(host: Host, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.png")
+    arguments = ["upscale", str(tmp_path / "photo.png"), "-o", str(tmp_path / "large.png"), "--model", "light_x2"]
+    assert cli.main(arguments) == 0
+    run = host.run(graph("light_x2", host.add_input("photo.png", photo)))
+    with Image.open(tmp_path / "large.png") as large:
+        assert_same(run.images[0], np.asarray(large))
+
+
+def test_a_file_anywhere_is_loaded_by_its_path(host: Host, models: Path, photo: Image.Image, tmp_path: Path) -> None:
+    path = tmp_path / "größer here.safetensors"
+    path.write_bytes(file_of(models, FILES[0]).read_bytes())
+    workflow = graph(FILES[1], host.add_input("photo.png", photo))
+    workflow["model"]["inputs"]["file"] = f'"{path}"'  # as a file manager copies it
+    run = host.run(workflow)
+    assert run.ending == "execution_success", run.error
+    assert_same(run.images[0], expected(photo, path))
+
+    workflow["model"]["inputs"]["file"] = str(tmp_path / "absent.safetensors")
+    run = host.run(workflow)
+    assert run.ending == "execution_error"
+    assert "absent.safetensors: no such weights file" in run.error
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
