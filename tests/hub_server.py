@@ -1,12 +1,15 @@
-"""A Hugging Face Hub on the loopback, as far as huggingface_hub needs one to download a file.
+"""A Hugging Face Hub on the loopback, as far as huggingface_hub needs one to download a file and to publish some.
 
 `/{repo}/resolve/{revision}/{file}` answers HEAD with commit, ETag and size, and sends GET on to a storage host (the
 same server under another name, as the Hub does), which knows ranges. Attributes of `HubServer` say what goes wrong.
+Uploads come in the order that the Hub asks for: make the repo, say how each file goes, large ones into storage, commit.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import threading
 import time
 from dataclasses import dataclass, field
@@ -47,6 +50,8 @@ class HubServer:
     repos: dict[str, Repo] = field(default_factory=dict)
     small: bool = False
     requests: list[Request] = field(default_factory=list)
+    writer: str = "hf_writer"  # the token that may upload
+    uploads: dict[str, bytes] = field(default_factory=dict)  # by sha256, as sent
     # What goes wrong, until `heal`:
     status: int = 0  # answer of every resolve
     code: str = ""  # its X-Error-Code
@@ -115,6 +120,52 @@ class Handler(BaseHTTPRequestHandler):
                 self._resolve(path, request)
         except (BrokenPipeError, ConnectionResetError):  # the client has gone
             self.close_connection = True
+
+    def do_PUT(self) -> None:
+        self.hub.uploads[urlsplit(self.path).path.rpartition("/")[2]] = self._body()
+        self._reply({})
+
+    def do_POST(self) -> None:
+        hub, path, body = self.hub, urlsplit(self.path).path, self._body()
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        hub.requests.append(Request("POST", path, token, ""))
+        if hub.status or token != hub.writer:
+            return self._reply({"error": "refused"}, hub.status or (403 if token else 401))
+        if path == "/api/validate-yaml":
+            return self._reply({"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            known = name in hub.repos
+            hub.repos.setdefault(name, Repo({}))
+            return self._reply({"url": f"{hub.url}/{name}"}, 409 if known else 200)
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for item in objects:
+                item["actions"] = {"upload": {"href": f"{hub.storage}/upload/{item['oid']}"}}
+            return self._reply({"transfer": "basic", "objects": objects})
+        if "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            mode = {True: "lfs", False: "regular"}
+            files = [{"path": n, "uploadMode": mode[n.endswith(".safetensors")], "shouldIgnore": False} for n in names]
+            return self._reply({"files": files})
+        name = path.removeprefix("/api/models/").partition("/commit/")[0]
+        repo = hub.repos[name]
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                repo.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                repo.files[value["path"]] = hub.uploads[value["oid"]]
+        return self._reply({"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _reply(self, answer: object, status: int = 200) -> None:
+        content = json.dumps(answer).encode()
+        self._head(status, {"Content-Type": "application/json", "Content-Length": str(len(content))})
+        self.wfile.write(content)
 
     def _resolve(self, path: str, request: Request) -> None:
         hub = self.hub
