@@ -79,6 +79,7 @@ def upscale(
     Raises:
         ValueError: the image has another shape or type, or tile and overlap do not fit together.
         MemoryError: not even the smallest tile fits on the device.
+        RuntimeError: the network's output is not finite even in float32.
     """
     if image.dim() != 4 or not image.is_floating_point() or 0 in image.shape:
         raise ValueError(f"expected floating-point images (B, H, W, C), got {image.dtype} {tuple(image.shape)}")
@@ -218,7 +219,7 @@ class _Runner:
             self.check_cancel()
             try:
                 return self._forward(pictures)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
             # outside the handler, so that the failed pass's tensors are no longer referenced
@@ -230,14 +231,21 @@ class _Runner:
 
     def _forward(self, pictures: Tensor) -> Tensor:
         out = self.model(pictures.to(_device(self.model))).float().cpu()
-        if torch.isfinite(out).all() or next(self.model.parameters()).dtype == torch.float32:
+        if torch.isfinite(out).all():
             return out
+        if next(self.model.parameters()).dtype != torch.float32:
+            out = self._precise_model()(pictures.to(_device(self.model))).float().cpu()
+        if not torch.isfinite(out).all():
+            raise RuntimeError("the network gives values that are not finite, in float32 too; get its weights again")
+        return out
+
+    def _precise_model(self) -> PFTSR:
         if self.precise is None:
             log.warning("PFT-SR: values beyond the range of half precision; computing those tiles again in float32")
             # not a deep copy: hosts hang things on a module that must not be copied
             self.precise = from_config(self.model.config).to(_device(self.model)).eval()
             self.precise.load_state_dict(self.model.state_dict())
-        return self.precise(pictures.to(_device(self.precise))).float().cpu()
+        return self.precise
 
     def _run_in_parts(self, picture: Tensor) -> Tensor:
         """One picture too large for the device, in tiles of half its longer side."""
@@ -279,7 +287,8 @@ def _device(model: PFTSR) -> torch.device:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower()
+    words = str(error).lower()  # torch's own class for it is new; a CPU's allocator has its own words
+    return isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
 def _empty_cache(device: torch.device) -> None:

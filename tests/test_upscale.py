@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_tried_once_only(model: PFTSR, photo: Tensor, monke
     def limited(self: PFTSR, image: Tensor) -> Tensor:
         if image[0, 0].numel() > 50 * 50:
             failed.append(image[:, 0].numel())
-            raise RuntimeError("MPS backend out of memory")
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
         return forward(self, image)
 
     monkeypatch.setattr(PFTSR, "forward", limited)
@@ -245,6 +245,14 @@ def test_tiles_beyond_half_precision_are_computed_again_in_float32(
     assert torch.equal(out, upscale(photo, exact, tile=64))
     assert [record.levelname for record in caplog.records] == ["WARNING"]  # said once, not per tile
     assert next(half.parameters()).dtype == torch.float16  # the caller's model is as it was
+
+
+def test_output_that_is_never_finite_is_an_error(photo: Tensor) -> None:
+    model = PFTSR(embed_dim=8, num_blocks=(2,), num_heads=2, window_size=4).eval()
+    with torch.no_grad():
+        model.conv_first.weight[0] = float("inf")
+    with pytest.raises(RuntimeError, match="not finite, in float32 too"):
+        upscale(photo, model)
 
 
 def create_like(model: PFTSR) -> PFTSR:
