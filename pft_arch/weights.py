@@ -242,12 +242,12 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "Get the weights as .safetensors"
         ) from None
     except Exception as error:  # whatever a damaged file makes a parser raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _told(str(error).partition("\n")[0] or type(error).__name__)
         raise WeightsError(f"{path}: cannot be read ({reason}); it may be cut or damaged, so get it again") from None
 
     state = unwrap(loaded)
     if not is_pft(state):
-        found = ", ".join(sorted(state)[:3]) or "nothing"
+        found = ", ".join(map(_told, sorted(state)[:3])) or "nothing"
         raise WeightsError(f"{path}: no PFT-SR weights. It holds {len(state)} entries ({found}, ...), not {_QKV}")
     return state, metadata
 
@@ -306,6 +306,12 @@ def unwrap(loaded: Any) -> dict[str, Tensor]:
     return {str(key): value for key, value in loaded.items() if _usable(value)} if isinstance(loaded, Mapping) else {}
 
 
+def _told(text: object) -> str:
+    """A stranger's text as a part of an error message: one line that does nothing to a terminal, and an end to it."""
+    line = "".join(character if character.isprintable() else "?" for character in str(text)[:300])
+    return line if len(line) < 300 else line[:297] + "..."
+
+
 def _metadata_of(loaded: Any) -> dict[str, str]:
     """What a training framework has put beside the weights in a .pth, as a safetensors file would hold it."""
     beside = loaded.get("metadata") if isinstance(loaded, Mapping) else None
@@ -320,7 +326,7 @@ def _config_of(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[
         try:
             return PFTConfig.from_dict(json.loads(metadata["config"]))
         except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise WeightsError(f"{path}: the configuration in its metadata is not usable: {error}") from None
+            raise WeightsError(f"{path}: the configuration in its metadata is not usable: {_told(error)}") from None
     try:  # one training framework leaves the network's arguments there
         arguments = json.loads(metadata.get("metadata", "{}"))
         if "embed_dim" in arguments:
@@ -331,7 +337,7 @@ def _config_of(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[
         seen = shapes_tell(state)
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise WeightsError(
-            f"{path}: PFT-SR weights of unknown layout ({error!r}); pass config=PFTConfig(...)"
+            f"{path}: PFT-SR weights of unknown layout ({_told(repr(error))}); pass config=PFTConfig(...)"
         ) from None
     for name in PRESETS if seen["scale"] in SCALES else ():
         candidate = preset(name, seen["scale"])
@@ -375,7 +381,7 @@ def _check_fit(path: str | Path, model: PFTSR, state: Mapping[str, Tensor]) -> N
     """Everything that does not fit, in one message; nothing is loaded by halves."""
     expected = model.state_dict()
     problems = [f"missing {key}" for key in sorted(expected.keys() - state.keys() - {_RECOMPUTABLE})]
-    problems += [f"unexpected {key}" for key in sorted(state.keys() - expected.keys())]
+    problems += [f"unexpected {_told(key)}" for key in sorted(state.keys() - expected.keys())]
     for key in sorted(expected.keys() & state.keys() - {_RECOMPUTABLE}):
         if expected[key].shape != state[key].shape:
             problems.append(f"{key} is {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}")

@@ -36,7 +36,12 @@ ROOM = 400 << 20  # bytes above what the process has; the file under test has 20
 TINY: dict[str, Any] = {"embed_dim": 12, "num_blocks": (1, 2), "num_heads": 2, "window_size": 4, "top_k": 9}
 FUZZ = int(os.environ.get("PFT_FUZZ", "0"))
 
-Content = bytes
+
+class Content(bytes):
+    def __repr__(self) -> str:  # hypothesis shows the arguments of a test that failed
+        return f"<{len(self)} bytes>"
+
+
 Header = dict[str, Any]
 
 
@@ -52,14 +57,14 @@ def state() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def tensors(state: dict[str, Tensor]) -> Content:
-    return save(state, {"config": json.dumps(PFTConfig(**TINY).to_dict())})
+    return Content(save(state, {"config": json.dumps(PFTConfig(**TINY).to_dict())}))
 
 
 @pytest.fixture(scope="module")
 def pickled(state: dict[str, Tensor]) -> Content:
     buffer = io.BytesIO()
     torch.save({"params_ema": state}, buffer)
-    return buffer.getvalue()
+    return Content(buffer.getvalue())
 
 
 @contextmanager
@@ -74,7 +79,7 @@ def little_room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-def refused(content: Content, suffix: str, folder: Path, *, config: PFTConfig | None = None) -> list[str]:
+def refused(content: bytes, suffix: str, folder: Path, *, config: PFTConfig | None = None) -> list[str]:
     """What is said of a file; it fails if anything but a WeightsError with its name comes, or memory runs out."""
     path = folder / f"hostile{suffix}"
     path.write_bytes(content)
@@ -93,18 +98,18 @@ def refused(content: Content, suffix: str, folder: Path, *, config: PFTConfig | 
     return said
 
 
-def split(content: Content) -> tuple[Header, Content]:
+def split(content: bytes) -> tuple[Header, bytes]:
     """Header and data of a safetensors file."""
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
-def join(header: Any, data: Content) -> Content:
+def join(header: Any, data: bytes) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
 
 
-def rezip(content: Content, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> Content:
+def rezip(content: bytes, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     """A .pth with the records changed, and its checksums right again."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(buffer, "w", compression) as new:
@@ -113,7 +118,7 @@ def rezip(content: Content, change: Callable[[str, bytes], bytes], compression: 
     return buffer.getvalue()
 
 
-def flip(content: Content, changes: list[tuple[float, int]], start: int = 0, end: int | None = None) -> Content:
+def flip(content: bytes, changes: list[tuple[float, int]], start: int = 0, end: int | None = None) -> bytes:
     """Bytes at these fractions of a range set to these values."""
     damaged = bytearray(content)
     end = len(damaged) if end is None else end
@@ -244,23 +249,27 @@ def test_weights_of_any_shape_that_say_nothing_about_themselves(
 # made by hand
 
 
-def saved(content: Any, **options: Any) -> Content:
+def saved(content: Any, **options: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer, **options)
     return buffer.getvalue()
 
 
-def itself(state: dict[str, Tensor]) -> Content:
+def itself(state: dict[str, Tensor]) -> bytes:
     """Dicts that hold themselves many times over."""
     knot: dict[Any, Any] = {}
     knot.update({str(number): knot for number in range(40)})
     return saved({"epoch": 1, "knot": knot, "keys": {key: 0 for key in state}})
 
 
-def claims(state: dict[str, Tensor]) -> Content:
+def claims(state: dict[str, Tensor]) -> bytes:
     """Storages that claim a million numbers each, whatever their records hold."""
     with mock.patch("torch.storage.TypedStorage._size", return_value=1 << 20):
         return saved(state)
+
+
+def odd_key(key: str) -> Callable[[bytes, bytes, dict[str, Tensor]], bytes]:
+    return lambda t, p, s: save({**s, key: torch.zeros(1)}, {"config": json.dumps(PFTConfig(**TINY).to_dict())})
 
 
 def odd_tensors(kind: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -279,7 +288,7 @@ def odd_tensors(kind: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     return change
 
 
-BY_HAND: dict[str, tuple[str, Callable[[Content, Content, dict[str, Tensor]], Content], str]] = {
+BY_HAND: dict[str, tuple[str, Callable[[bytes, bytes, dict[str, Tensor]], bytes], str]] = {
     "compressed": (".pth", lambda t, p, s: rezip(p, lambda _, record: record, zipfile.ZIP_DEFLATED), "compress"),
     "zip bomb": (
         ".pth",
@@ -319,6 +328,11 @@ BY_HAND: dict[str, tuple[str, Callable[[Content, Content, dict[str, Tensor]], Co
         ".safetensors",
         lambda t, p, s: save(PFTSR(**TINY, upsampler="nearest+conv").state_dict()),
         "fits no preset",
+    ),
+    "a key without end": (".safetensors", odd_key("x" * 1_000_000), "unexpected xxx"),
+    "a key for the terminal": (".safetensors", odd_key("x\x1b[2J\n\u2028y"), "unexpected x?[2J??y"),
+    "a configuration without end": (
+        ".safetensors", lambda t, p, s: save(s, {"config": json.dumps({"norm_type": "x\n" * 1_000_000})}), "norm_type",
     ),
     "nothing": (".safetensors", lambda t, p, s: save({}), "It holds 0 entries"),
 }  # fmt: skip
