@@ -164,7 +164,7 @@ class PFTSR(nn.Module):
         return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
 
     def set_attention_backend(self, name: str) -> None:
-        """Choose how attention is computed: "auto", "reference", "torch" or "numba"; the picture is the same.
+        """Choose how attention is computed: "auto" or one of `attention.BACKENDS`; the picture is the same.
 
         Raises:
             ValueError: there is no backend of that name, or what it needs is missing.

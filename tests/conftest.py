@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: its kernels then run on this CPU
+
 DATA = Path(__file__).parent / "data"
 
 

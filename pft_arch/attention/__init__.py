@@ -25,7 +25,12 @@ Carry = Any
 Attend = Callable[..., tuple[Tensor, Carry]]
 
 # Name and module of each; modules are imported when asked for, since some need a package that may be absent.
-BACKENDS = {"reference": "reference", "torch": "torch_backend", "numba": "numba_backend"}
+BACKENDS = {
+    "reference": "reference",
+    "torch": "torch_backend",
+    "numba": "numba_backend",
+    "triton": "triton_backend",
+}
 
 
 def get_backend(name: str) -> Attend:
