@@ -24,8 +24,9 @@ def register(registry: ArchRegistry | None = None) -> None:
 
     if registry is None:
         registry = MAIN_REGISTRY
-    others = tuple(other.architecture.id for other in registry if other.architecture.id != ID)
-    registry.add(ArchSupport.from_architecture(architecture(), before=others), ignore_duplicates=True)
+    known = tuple(entry.architecture.id for entry in registry)
+    if ID not in known:
+        registry.add(ArchSupport.from_architecture(architecture(), before=known))
 
 
 @cache
