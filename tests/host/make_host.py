@@ -80,6 +80,7 @@ REQUIREMENTS = (
     "pyyaml requests safetensors scipy sentencepiece simpleeval spandrel SQLAlchemy>=2 torchsde tqdm "
     "transformers>=4.50.3 yarl"
 ).split()
+TESTING = ("pytest", "pytest-timeout", "spandrel_extra_arches")  # for the tests that run inside the host's environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_host(directory: Path, version: str) -> None:
     """Build what is missing; the marker is written last, so that a host cut short is not taken for a whole one."""
     carrier = CARRIERS[version]
-    recipe = f"{carrier} {KITCHEN} {AIMDO} {TORCH} {TORCH_COMPANIONS} {REQUIREMENTS}"
+    recipe = f"{carrier} {KITCHEN} {AIMDO} {TORCH} {TORCH_COMPANIONS} {REQUIREMENTS} {TESTING}"
     marker = directory / "host.made"
     if marker.is_file() and marker.read_text() == recipe:
         print(f"ComfyUI {version} stands in {directory}")
@@ -116,7 +117,7 @@ def make_environment(directory: Path, *, has_kernels: bool) -> Path:
     constraints.write_text("\n".join((TORCH, *TORCH_COMPANIONS)))
     pip(python, "install", "-c", constraints, TORCH)
     pip(python, "install", "--no-deps", *TORCH_COMPANIONS)
-    pip(python, "install", "-c", constraints, *REQUIREMENTS)
+    pip(python, "install", "-c", constraints, *REQUIREMENTS, *TESTING)
     if has_kernels:
         kitchen = download(python, directory, KITCHEN, "--only-binary=:all:", "--platform=any")
         pip(python, "install", "--no-deps", AIMDO, kitchen)
