@@ -132,11 +132,6 @@ class PFTConfig:
         """Channels inside the feed-forward, rounded down as the published code does."""
         return int(self.embed_dim * self.mlp_ratio)
 
-    @property
-    def bias_columns(self) -> int:
-        """Columns of a relative-position table: one per head above 100 channels, else one shared (published code)."""
-        return self.num_heads if self.embed_dim > 100 else 1
-
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types, under our own names."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

@@ -116,14 +116,13 @@ class PFTSR(nn.Module):
             )
             return
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(c.embed_dim, HEAD_CHANNELS, 3, padding=1), nn.LeakyReLU())
-        factors = (2, 2) if c.scale == 4 else (c.scale,)
         if c.upsampler == "pixelshuffle":
             steps: list[nn.Module] = []
-            for factor in factors:
+            for factor in upsampling_steps(c.scale):
                 steps += [nn.Conv2d(HEAD_CHANNELS, HEAD_CHANNELS * factor**2, 3, padding=1), nn.PixelShuffle(factor)]
             self.upsample = nn.Sequential(*steps)
         else:  # nearest+conv; the published code has it at x4 only
-            for i, _ in enumerate(factors, 1):
+            for i, _ in enumerate(upsampling_steps(c.scale), 1):
                 self.add_module(f"conv_up{i}", nn.Conv2d(HEAD_CHANNELS, HEAD_CHANNELS, 3, padding=1))
             self.conv_hr = nn.Conv2d(HEAD_CHANNELS, HEAD_CHANNELS, 3, padding=1)
         self.conv_last = nn.Conv2d(HEAD_CHANNELS, c.in_channels, 3, padding=1)
@@ -158,7 +157,7 @@ class PFTSR(nn.Module):
         x = self.conv_before_upsample(x)
         if self.config.upsampler == "pixelshuffle":
             return self.conv_last(self.upsample(x))
-        for i, factor in enumerate((2, 2) if self.config.scale == 4 else (self.config.scale,), 1):
+        for i, factor in enumerate(upsampling_steps(self.config.scale), 1):
             conv = self.get_submodule(f"conv_up{i}")
             x = F.leaky_relu(conv(F.interpolate(x, scale_factor=factor, mode="nearest")), 0.2)
         return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
@@ -215,6 +214,7 @@ class ProgressiveFocusedAttention(nn.Module):
         self.attend = get_backend("auto")
         self.wqkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.v_LePE = DepthwiseConv(dim, kernel_size) if use_lepe else None
+        # one column per head in classical networks, one for all in light ones (published code)
         self.attn_win = WindowParameters(dim, num_heads if dim > 100 else 1, window_size)
         self.projection_dropout = nn.Dropout(projection_dropout)
 
@@ -376,6 +376,11 @@ def from_config(config: PFTConfig) -> PFTSR:
     """A freshly initialised network of that configuration."""
     values: dict[str, Any] = {name: getattr(config, name) for name in config.__dataclass_fields__}
     return PFTSR(**values)
+
+
+def upsampling_steps(scale: int) -> tuple[int, ...]:
+    """Factors of the head's steps, one after the other."""
+    return (2, 2) if scale == 4 else (scale,)
 
 
 def _norm(norm_type: str, dim: int) -> nn.Module:

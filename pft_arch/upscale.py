@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .attention.chain import TOKENS_PER_CHANNEL
 from .network import PFTSR, from_config
 
 log = logging.getLogger(__name__)
@@ -168,8 +169,9 @@ def bytes_per_pixel(model: PFTSR) -> float:
     for shifted in (False, True):
         kept = [keep for s, keep in layers if s == shifted]
         dense = sum(k == tokens for k in kept)
-        in_products = min(dense, tokens // (2 * c.head_dim)) * 2 * c.embed_dim * item
-        entries = max([k for k in kept if k < tokens] or [tokens if dense * c.head_dim > tokens // 2 else 0])
+        products = min(dense, tokens // TOKENS_PER_CHANNEL // c.head_dim)  # layers whose queries and keys are carried
+        in_products = products * 2 * c.embed_dim * item
+        entries = max([k for k in kept if k < tokens] or [tokens if dense > products else 0])
         # the old carry and the new one are alive together
         carries += max(in_products, 2.0 * entries * c.num_heads * ((2 if item == 2 else 4) + 2))
     return item * max(activations, head + c.embed_dim) + carries

@@ -5,7 +5,6 @@ python tools/bundle.py runs/light_x2/best.safetensors light_x2
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ def main() -> None:
     target = BUNDLED / f"{name}.safetensors"
     metadata = {**facts["metadata"], "name": name, "licence": LICENCE, "citation": CITATION, "data": DATA}
     save_model(load_model(source), target, metadata)
+    written = describe(target)
 
     catalogue = BUNDLED / "catalogue.json"
     entry = {
@@ -35,8 +35,8 @@ def main() -> None:
         "scale": facts["scale"],
         "source": "bundled",
         "file": target.name,
-        "size": target.stat().st_size,
-        "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
+        "size": written["bytes"],
+        "sha256": written["sha256"],
         "licence": LICENCE,
         "training": training,
         "citation": CITATION,

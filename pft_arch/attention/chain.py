@@ -12,7 +12,9 @@ extra channels, one per region: a query holds MASK / 10 in its own region's chan
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,8 @@ from einops import rearrange
 from torch import Tensor
 
 from .windows import MASK, from_windows, regions, relative_position_bias, to_windows
+
+TOKENS_PER_CHANNEL = 8  # below that, the map of a dense chain is smaller and quicker than its queries and keys
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,43 @@ class DenseCarry:
     q: Tensor
     k: Tensor
     table: Tensor
+
+
+@dataclass(frozen=True)
+class FlatCarry:
+    """Of a kernel that takes all windows at once: logits (B * windows * heads, n, k) minus their row's maximum, and
+    int16 indices likewise, None where k = n."""
+
+    logits: Tensor
+    indices: Tensor | None
+
+
+def attend_by(
+    map_layer: Callable[..., tuple[Tensor, Any]],
+    qkv: Tensor,
+    table: Tensor,
+    carry: Any,
+    *,
+    heads: int,
+    window: int,
+    shift: int,
+    keep: int,
+    dropout: float,
+) -> tuple[Tensor, Any]:
+    """A layer of a backend: dense attention while that pays, from then on the backend's own `map_layer`.
+
+    map_layer(q, k, v, table, carry, window, keep, dropout) -> (out like v, carry): q, k (windows, heads, n, any width),
+    q scaled, v (windows, heads, n, d); carry None or what it returned for the layer before.
+    """
+    height, width = qkv.shape[1:3]
+    q, k, v = split(qkv, heads, window, shift)
+    if carry is None or isinstance(carry, DenseCarry):
+        layer = concatenate(q, k, table, carry, height, width, window, shift)
+        if keep == window * window and dense_pays(layer):
+            return join(dense_attention(layer, v, window, dropout), window, shift, height, width), layer
+        q, k, table, carry = layer.q, layer.k, layer.table, None
+    out, carry = map_layer(q, k, v, table, carry, window, keep, dropout)
+    return join(out, window, shift, height, width), carry
 
 
 def split(qkv: Tensor, heads: int, window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +107,7 @@ def concatenate(
 def dense_pays(layer: DenseCarry) -> bool:
     """Whether queries and keys are still smaller and quicker than the map that they make."""
     *_, n, width = layer.q.shape
-    return width <= n // 8
+    return width <= n // TOKENS_PER_CHANNEL
 
 
 def dense_attention(layer: DenseCarry, v: Tensor, window: int, dropout: float) -> Tensor:

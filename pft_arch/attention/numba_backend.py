@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,20 +21,12 @@ from numba import njit
 from torch import Tensor
 
 from . import torch_backend
-from .chain import concatenate, dense_attention, dense_pays, join, split
+from .chain import FlatCarry, attend_by
 from .fastmath import exp_negative, float_to_bits
 
 F, I = np.float32, np.int32  # noqa: E741
 LANES = 16  # channels of v are padded to a multiple: the inner product loop then runs in whole vectors
 CHANNELS = 4  # of queries and keys in one pass over the score row, padded likewise
-
-
-@dataclass(frozen=True)
-class FlatCarry:
-    """Logits (B * windows * heads, n, k) minus their row's maximum, and int16 indices, empty where k = n."""
-
-    logits: Tensor
-    indices: Tensor
 
 
 def attend(
@@ -50,40 +41,45 @@ def attend(
     dropout: float = 0.0,
 ) -> tuple[Tensor, Any]:
     """See the package's docstring for arguments and result."""
-    options = {"heads": heads, "window": window, "shift": shift, "keep": keep}
+    options: dict[str, Any] = {
+        "heads": heads,
+        "window": window,
+        "shift": shift,
+        "keep": keep,
+        "dropout": dropout,
+    }
     fits = qkv.device.type == "cpu" and qkv.dtype == torch.float32 and not dropout
     if not fits or (torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)):
-        return torch_backend.attend(qkv, table, carry, **options, dropout=dropout)
-
-    height, width = qkv.shape[1:3]
-    n = window * window
-    q, k, v = split(qkv, heads, window, shift)
-    if not isinstance(carry, FlatCarry):
-        layer = concatenate(q, k, table, carry, height, width, window, shift)
-        if keep == n and dense_pays(layer):
-            return join(dense_attention(layer, v, window, dropout), window, shift, height, width), layer
-        q, k, table, carry = layer.q, layer.k, layer.table, None
-
-    out, carry = _layer(q, k, v, table, carry, window, keep)
-    return join(out, window, shift, height, width), carry
+        return torch_backend.attend(qkv, table, carry, **options)
+    return attend_by(_layer, qkv, table, carry, **options)
 
 
 def _layer(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, carry: FlatCarry | None, window: int, keep: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    carry: FlatCarry | None,
+    window: int,
+    keep: int,
+    dropout: float,  # always 0 here
 ) -> tuple[Tensor, FlatCarry]:
-    """q, k: (windows, heads, n, any width), v: (windows, heads, n, d) -> out like v, and the carry."""
+    """See `chain.attend_by`."""
     windows, heads, n, d = v.shape
     flat = windows * heads
     padded = torch.zeros(flat, n, -(-d // LANES) * LANES)
     padded[..., :d] = v.reshape(flat, n, d)
     out = torch.empty_like(padded)
-    cut = keep < n
-    new = FlatCarry(torch.empty(flat, n, keep), torch.empty((flat, n, keep) if cut else (0, 0, 0), dtype=torch.int16))
-    old = carry or FlatCarry(torch.empty(0, 0, 0), torch.empty(0, 0, 0, dtype=torch.int16))
+    new = FlatCarry(torch.empty(flat, n, keep), torch.empty(flat, n, keep, dtype=torch.int16) if keep < n else None)
+    old = carry or FlatCarry(torch.empty(0, 0, 0), None)
+    no_indices = torch.empty(0, 0, 0, dtype=torch.int16)  # a kernel's arguments have one type
     base, offset = _offsets(window)
     q, k = (nnf.pad(x, (0, -x.shape[-1] % CHANNELS)).flatten(0, 1) for x in (q, k))
-    arrays = [x.detach().contiguous().numpy() for x in (q, k.mT, padded, old.logits, old.indices, table.T)]
-    results = [x.numpy() for x in (out, new.logits, new.indices)]
+    arrays = [
+        x.detach().contiguous().numpy()
+        for x in (q, k.mT, padded, old.logits, no_indices if old.indices is None else old.indices, table.T)
+    ]
+    results = [x.numpy() for x in (out, new.logits, no_indices if new.indices is None else new.indices)]
 
     def work(part: int, parts: int) -> None:
         first, last = flat * part // parts, flat * (part + 1) // parts

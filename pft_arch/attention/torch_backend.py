@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chain import DenseCarry, concatenate, dense_attention, dense_pays, join, split
+from .chain import DenseCarry, attend_by
 from .windows import relative_position_bias
 
 # Scores alive at once. A CPU works on one 1024 x 1024 map (4 MiB) at a time; a GPU needs enough to fill it.
@@ -40,19 +40,25 @@ def attend(
     dropout: float = 0.0,
 ) -> tuple[Tensor, DenseCarry | MapCarry]:
     """See the package's docstring for arguments and result."""
-    height, width = qkv.shape[1:3]
-    n = window * window
-    q, k, v = split(qkv, heads, window, shift)
-    if not isinstance(carry, MapCarry):
-        layer = concatenate(q, k, table, carry, height, width, window, shift)
-        if keep == n and dense_pays(layer):
-            return join(dense_attention(layer, v, window, dropout), window, shift, height, width), layer
-        q, k, table, carry = layer.q, layer.k, layer.table, None
+    return attend_by(_layer, qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout)
 
+
+def _layer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    carry: MapCarry | None,
+    window: int,
+    keep: int,
+    dropout: float,
+) -> tuple[Tensor, MapCarry]:
+    """See `chain.attend_by`."""
+    windows, heads, n, _ = v.shape
     bias = relative_position_bias(table, window)
     outs: list[Tensor] = []
     groups: list[tuple[Tensor, Tensor | None]] = []
-    for g, (some, these) in enumerate(_groups(q.shape[0], heads, n, qkv.device)):
+    for g, (some, these) in enumerate(_groups(windows, heads, n, v.device)):
         logits, indices = carry.groups[g] if carry else (None, None)
         shared = bias if bias.shape[0] == 1 else bias[these]
         out, group = _attend_group(
@@ -60,8 +66,8 @@ def attend(
         )
         outs.append(out)
         groups.append(group)
-    out = torch.cat([out.flatten(0, 1) for out in outs]).unflatten(0, (q.shape[0], heads))
-    return join(out, window, shift, height, width), MapCarry(groups)
+    out = torch.cat([out.flatten(0, 1) for out in outs]).unflatten(0, (windows, heads))
+    return out, MapCarry(groups)
 
 
 def _attend_group(

@@ -10,7 +10,6 @@ For inference; gradients and dropout are the torch backend's. `TRITON_INTERPRET=
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,18 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import torch_backend
-from .chain import concatenate, dense_attention, dense_pays, join, split
+from .chain import FlatCarry, attend_by
 
 TILE = 4096  # logits that one program holds
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@dataclass(frozen=True)
-class FlatCarry:
-    """Logits (B * windows * heads, n, k) minus their row's maximum, and int16 indices, None where k = n."""
-
-    logits: Tensor
-    indices: Tensor | None
 
 
 def attend(
@@ -45,28 +36,30 @@ def attend(
     dropout: float = 0.0,
 ) -> tuple[Tensor, Any]:
     """See the package's docstring for arguments and result."""
-    options = {"heads": heads, "window": window, "shift": shift, "keep": keep}
+    options: dict[str, Any] = {
+        "heads": heads,
+        "window": window,
+        "shift": shift,
+        "keep": keep,
+        "dropout": dropout,
+    }
     fits = (qkv.is_cuda or INTERPRETED) and qkv.dtype != torch.float64 and not dropout
     if not fits or (torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)):
-        return torch_backend.attend(qkv, table, carry, **options, dropout=dropout)
-
-    height, width = qkv.shape[1:3]
-    n = window * window
-    q, k, v = split(qkv, heads, window, shift)
-    if not isinstance(carry, FlatCarry):
-        layer = concatenate(q, k, table, carry, height, width, window, shift)
-        if keep == n and dense_pays(layer):
-            return join(dense_attention(layer, v, window, dropout), window, shift, height, width), layer
-        q, k, table, carry = layer.q, layer.k, layer.table, None
-
-    out, carry = _layer(q, k, v, table, carry, window, keep)
-    return join(out, window, shift, height, width), carry
+        return torch_backend.attend(qkv, table, carry, **options)
+    return attend_by(_layer, qkv, table, carry, **options)
 
 
 def _layer(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, carry: FlatCarry | None, window: int, keep: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    carry: FlatCarry | None,
+    window: int,
+    keep: int,
+    dropout: float,  # always 0 here
 ) -> tuple[Tensor, FlatCarry]:
-    """q, k: (windows, heads, n, any width), v: (windows, heads, n, d) -> out like v, and the carry."""
+    """See `chain.attend_by`."""
     windows, heads, n, d = v.shape
     flat = windows * heads
     half = v.dtype in (torch.float16, torch.bfloat16)
