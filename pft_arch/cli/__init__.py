@@ -1,0 +1,56 @@
+"""The command line, `pft-sr`.
+
+One module per command adds its parser and names the function that runs it; `COMMANDS` lists them. Whatever is slow
+to import (torch, Pillow) is imported by the functions that run, so that `pft-sr --help` answers at once.
+
+Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+
+from .common import PROGRAM, CommandError, Parser
+from .convert import add_convert
+from .evaluate import add_evaluate
+from .info import add_info
+from .publish import add_publish
+from .train import add_train
+from .upscale import add_upscale
+
+COMMANDS = (add_upscale, add_evaluate, add_train, add_convert, add_publish, add_info)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name that the terminal cannot show
+    parser = Parser(prog=PROGRAM, description="Enlarge images with PFT-SR.", epilog=f"{PROGRAM} COMMAND --help: more")
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add_command in COMMANDS:
+        add_command(commands)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse has printed the help or what is wrong
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        return args.run(args)
+    except CommandError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted. What was finished is kept, and no half file is left.", file=sys.stderr)
+        return 130
+
+
+class Version(argparse.Action):
+    """Prints the version, and looks it up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from .. import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        parser.exit()
