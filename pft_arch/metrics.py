@@ -58,6 +58,46 @@ def ssim_y(picture: Tensor, truth: Tensor, border: int) -> float:
     return float((similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
 
 
+def compare(pictures: Tensor, references: Tensor, border: int = 0, gain: float = 1.0) -> tuple[str, Tensor]:
+    """PSNR-Y and SSIM-Y of a batch as text, and the absolute difference as pictures.
+
+    Args:
+        pictures, references: (B, H, W, C) in [0, 1], C of 1, 3, or 4, of which alpha is left out; one may be a single
+            picture for all of the other's.
+        border: pixels left out of the measures on every side.
+        gain: by which the difference is multiplied, before it is clamped to [0, 1].
+
+    Returns:
+        A line for each picture, and their mean if there are several; (B, H, W, 3) float32.
+
+    Raises:
+        ValueError: the sizes or counts differ, or too few pixels lie inside the border.
+    """
+    if pictures.shape[1:3] != references.shape[1:3]:
+        sizes = [f"{batch.shape[2]} x {batch.shape[1]}" for batch in (pictures, references)]
+        raise ValueError(
+            f"image has {sizes[0]} pixels and reference {sizes[1]}; only pictures of one size can be compared. Resize "
+            "one of them first"
+        )
+    if len(pictures) != len(references) and 1 not in (len(pictures), len(references)):
+        raise ValueError(f"there are {len(pictures)} images and {len(references)} references; give as many, or one")
+
+    count = max(len(pictures), len(references))
+    a, b = (_rgb(batch).expand(count, -1, -1, -1) for batch in (pictures, references))
+    scores = [(psnr_y(x, y, border), ssim_y(x, y, border)) for x, y in zip(a, b, strict=True)]
+    lines = [f"PSNR {psnr:.2f} dB, SSIM {ssim:.4f}" for psnr, ssim in scores]
+    if count > 1:
+        psnr, ssim = (sum(values) / count for values in zip(*scores, strict=True))
+        lines = [f"{number}: {line}" for number, line in enumerate(lines, 1)]
+        lines.append(f"mean: PSNR {psnr:.2f} dB, SSIM {ssim:.4f}")
+    return "\n".join(lines), ((a - b).abs() * gain).clamp(0, 1)
+
+
+def _rgb(batch: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, H, W, 3) float32: grey repeated, alpha left out."""
+    return batch[..., :3].float() if batch.shape[-1] >= 3 else batch[..., :1].float().expand(-1, -1, -1, 3)
+
+
 def _prepare(picture: Tensor, truth: Tensor, border: int, least: int) -> tuple[Tensor, Tensor]:
     """Luma inside the border, at least `least` pixels high and wide."""
     if picture.shape != truth.shape or picture.dim() != 3 or picture.shape[2] != 3:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ def upscale(
     overlap: int = 0,
     progress: Callable[[int, int], None] | None = None,
     check_cancel: Callable[[], None] | None = None,
+    preview: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Upscale a batch of images by the model's factor, on the model's device and in its precision.
 
@@ -73,6 +75,8 @@ def upscale(
         overlap: LR pixels that neighbouring tiles share, rounded up to whole windows; 0 chooses by the window.
         progress: called as progress(done, total) in units of tiles of the whole batch.
         check_cancel: called before each pass; what it raises stops the work and passes through.
+        preview: called after each pass with the colours of the picture at work, (H * scale, W * scale, C), in which
+            tiles to come are 0. To be looked at there and then: the next pass goes on in the same memory.
 
     Returns:
         (B, H * scale, W * scale, C) float32 on the CPU, clamped to [0, 1].
@@ -107,9 +111,52 @@ def upscale(
             # a grey picture went in as RGB and comes back as its mean
             t.blend_into(target, picture if len(picture) == target.shape[-1] else picture.mean(0, keepdim=True))
         done += len(group)
+        if preview and target.shape[-1] == min(channels, c.in_channels):  # colours, not alpha
+            preview(target)
         if progress:
             progress(done, total)
     return out.clamp_(0, 1)
+
+
+@torch.inference_mode()
+def upscale_ensemble(
+    image: Tensor,
+    model: PFTSR,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    preview: Callable[[Tensor], None] | None = None,
+    **options: Any,
+) -> Tensor:
+    """The mean of an image upscaled in 8 positions, turned and mirrored: slightly better, in 8 times the time.
+
+    Arguments and result are those of `upscale`; the preview is of the first position.
+    """
+    total: Tensor | None = None
+    for number in range(8):
+        turns, mirror = divmod(number, 2)
+
+        def report(done: int, tiles: int, number: int = number) -> None:
+            if progress:
+                progress(number * tiles + done, 8 * tiles)
+
+        turned = torch.rot90(image.flip(2) if mirror else image, turns, (1, 2))
+        out = upscale(turned, model, progress=report, preview=None if number else preview, **options)
+        out = torch.rot90(out, -turns, (1, 2))
+        out = out.flip(2) if mirror else out
+        total = out if total is None else total.add_(out)
+    assert total is not None
+    return total.div_(8)
+
+
+def in_dtype(model: PFTSR, dtype: torch.dtype) -> PFTSR:
+    """The network in another precision, on the same device, the model left as it is. Weights that need no change are
+    shared."""
+    # not a deep copy: hosts hang things on a module that must not be copied
+    with torch.device("meta"):
+        copy = from_config(model.config)
+    state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    copy.load_state_dict(state, assign=True)
+    return copy.eval()
 
 
 def tile_grid(height: int, width: int, side: int, overlap: int, window: int, scale: int) -> list[Tile]:
@@ -244,9 +291,7 @@ class _Runner:
     def _precise_model(self) -> PFTSR:
         if self.precise is None:
             log.warning("PFT-SR: values beyond the range of half precision; computing those tiles again in float32")
-            # not a deep copy: hosts hang things on a module that must not be copied
-            self.precise = from_config(self.model.config).to(_device(self.model)).eval()
-            self.precise.load_state_dict(self.model.state_dict())
+            self.precise = in_dtype(self.model, torch.float32)
         return self.precise
 
     def _run_in_parts(self, picture: Tensor) -> Tensor:

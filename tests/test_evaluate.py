@@ -19,12 +19,12 @@ from torch import Tensor
 
 from pft_arch.cli import main
 from pft_arch.data import Picture, read_rgb
-from pft_arch.evaluate import METRICS, evaluate, format_table, to_json, upscale_ensemble
+from pft_arch.evaluate import METRICS, evaluate, format_table, to_json
 from pft_arch.metrics import psnr_y, ssim_y
 from pft_arch.network import PFTSR
 from pft_arch.resize import imresize, shrink
 from pft_arch.train import interpolate_at_first
-from pft_arch.upscale import upscale
+from pft_arch.upscale import upscale, upscale_ensemble
 from pft_arch.weights import save_model
 
 PHOTO = read_rgb(Path(__file__).parent / "data" / "photo.png")

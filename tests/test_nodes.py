@@ -27,7 +27,7 @@ from pft_arch.weights import resolve, save_model
 
 PACK_NAME = "PFT-SR größer"  # a dash, a space and letters beyond ASCII
 BUNDLED = [name for name, variant in CATALOGUE.items() if variant.source == "bundled"]
-NODES = ("PFTSRLoadModel", "PFTSRLoadModelFromHub", "PFTSRUpscale")
+NODES = ("PFTSRLoadModel", "PFTSRLoadModelFromHub", "PFTSRUpscale", "PFTSRAttentionMap", "PFTSRCompare")
 FILES = ("pft_sr/light.safetensors", "upscale_models/light.safetensors", "pft_sr/elsewhere.safetensors")
 WRAPPED = "upscale_models/light_wrapped.pth"
 REPLACED = "pft_sr/replaced.safetensors"
