@@ -12,6 +12,7 @@ import argparse
 import io
 import sys
 
+from .benchmark import add_benchmark
 from .common import PROGRAM, CommandError, Parser
 from .convert import add_convert
 from .evaluate import add_evaluate
@@ -20,7 +21,7 @@ from .publish import add_publish
 from .train import add_train
 from .upscale import add_upscale
 
-COMMANDS = (add_upscale, add_evaluate, add_train, add_convert, add_publish, add_info)
+COMMANDS = (add_upscale, add_evaluate, add_train, add_benchmark, add_convert, add_publish, add_info)
 
 
 def main(argv: list[str] | None = None) -> int:
