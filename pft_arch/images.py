@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+from .files import replacing
 
 
 class ImageError(ValueError):
@@ -216,7 +217,8 @@ def write_image(picture: Picture, path: str | Path, *, overwrite: bool = False) 
     check_size(path, width, height)
     encoded = _encode(picture, format_of(path), path)
     try:
-        _replace(path.resolve(), encoded)  # resolved: a link goes on pointing at the file
+        with replacing(path) as temporary:
+            temporary.write_bytes(encoded)
     except OSError as error:
         raise ImageError(f"{path}: {_why_unwritable(error)}") from error
 
@@ -292,19 +294,6 @@ def _pillow_image(picture: Picture, format: Format) -> Image.Image:
     values = (pixels.clamp(0, 1) * (2**depth - 1)).round()
     array = values.numpy().astype(np.uint16 if depth == 16 else np.uint8)
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put a whole file under this name in one step."""
-    temporary = path.with_name(f".pft-{secrets.token_hex(8)}.part")  # the same folder: a rename stays on one disk
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # so that a full disk is found before the old file is gone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _why_unwritable(error: OSError) -> str:

@@ -1,0 +1,23 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write under, that becomes `path` in one step when the block ends well; else nothing of it is left."""
+    path = path.resolve()  # a link goes on pointing at the file
+    temporary = path.with_name(f".pft-{secrets.token_hex(8)}.part")  # the same folder: a rename stays on one disk
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # so that a full disk is found before the old file is gone
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
