@@ -279,8 +279,10 @@ def _opened(source: str | Path | BinaryIO) -> Iterator[InputContainer]:
 
 def _video_stream(file: InputContainer, name: str) -> VideoStream:
     """The first stream of moving pictures; a cover is a video stream too, but none of those."""
+    from av.stream import Disposition
+
     for stream in file.streams.video:
-        if stream.codec_context is not None and not int(stream.disposition) & 0x400:  # attached_pic
+        if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic:
             stream.thread_type = "AUTO"
             return stream
     raise VideoError(f"{name}: holds no video.")

@@ -291,7 +291,7 @@ def test_quality_is_the_encoders_rate_factor(tmp_path, model):
 # ---------------------------------------------------------------------------------- stops and faults
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -300,7 +300,7 @@ def stop_after(passes: int):
 
     def check() -> None:
         if next(left, None) is None:
-            raise Stop
+            raise StoppedError
 
     return check
 
@@ -315,7 +315,7 @@ def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(tmp_path, model, 
     source = make(tmp_path / "in.mp4", times=VARIABLE, base=Fraction(1, 90000), audio=("aac",))
     upscale_video(source, tmp_path / "whole.mp4", model)
     target = tmp_path / "out.mp4"
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         upscale_video(source, target, model, resume="job", check_cancel=stop_after(7))
     assert not target.exists()
     seen: list[tuple[int, int]] = []
@@ -327,7 +327,7 @@ def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(tmp_path, model, 
 
 def test_segments_of_another_job_are_not_used(tmp_path, model, short_segments):
     source = make(tmp_path / "in.mp4")
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         upscale_video(source, tmp_path / "out.mp4", model, resume="a", check_cancel=stop_after(11))
     seen: list[int] = []
     upscale_video(source, tmp_path / "out.mp4", model, resume="b", progress=lambda done, _: seen.append(done))
@@ -337,7 +337,7 @@ def test_segments_of_another_job_are_not_used(tmp_path, model, short_segments):
 def test_a_stop_leaves_what_was_there_and_nothing_else(tmp_path, model, short_segments):
     source = make(tmp_path / "in.mp4")
     (tmp_path / "out.mp4").write_text("precious")
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         upscale_video(source, tmp_path / "out.mp4", model, check_cancel=stop_after(7))
     assert (tmp_path / "out.mp4").read_text() == "precious"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
