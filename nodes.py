@@ -1,38 +1,41 @@
-"""The nodes, and all that this pack knows of ComfyUI: its folders, its model management, its upscale models.
-
-Torch, spandrel and the networks are imported when a node runs; nothing here slows the host's start.
-"""
+"""The nodes: what they are called, what they take, and which functions of `pft_arch` do their work."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import folder_paths
-from comfy import model_management, model_patcher
-from comfy.utils import ProgressBar
-from comfy_api.latest import ComfyExtension, io, ui
+from comfy import model_management
+from comfy_api.latest import ComfyExtension, Input, InputImpl, io, ui
 from server import PromptServer
+
+from .comfy_host import (
+    AS_LOADED,
+    PRECISIONS,
+    Display,
+    bring_to_device,
+    check_host_memory,
+    download_progress,
+    hub_file,
+    known_path,
+    load,
+    local_path,
+    model_names,
+    model_path,
+    own_folder,
+    pft_model,
+    register_architecture,
+    register_folder,
+    temporary_file,
+    version,
+    video_source,
+)
 
 if TYPE_CHECKING:
     import torch
     from spandrel import ImageModelDescriptor
 
-    from .pft_arch import PFTSR
-    from .pft_arch.hub import HubFile
-
 CATEGORY = "image/upscaling"
-OWN_FOLDER = "pft_sr"
-FOLDERS = (OWN_FOLDER, "upscale_models")  # under the host's models; a choice outside the catalogue is "folder/file"
-TYPICAL_SIDE = 512  # pixels of an image's side that the host is asked to make room for where the tile is automatic
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-AS_LOADED = "as loaded"
 LAYOUTS = ("sheet", "batch")
-PREVIEW_SIDE, PREVIEW_SECONDS = 512, 0.4  # longer side of the live preview, and the time between two
 
 
 class PFTSRExtension(ComfyExtension):
@@ -42,7 +45,7 @@ class PFTSRExtension(ComfyExtension):
         # not in on_load, which the oldest hosts never call
         register_folder()
         register_architecture()
-        return [PFTSRLoadModel, PFTSRLoadModelFromHub, PFTSRUpscale, PFTSRAttentionMap, PFTSRCompare]
+        return [PFTSRLoadModel, PFTSRLoadModelFromHub, PFTSRUpscale, PFTSRUpscaleVideo, PFTSRAttentionMap, PFTSRCompare]
 
 
 def precision_input() -> io.Combo.Input:
@@ -149,7 +152,8 @@ class PFTSRUpscale(io.ComfyNode):
                 io.Image.Input("image", tooltip="The image, or a batch of images such as the frames of a video."),
                 *tile_inputs(),
                 *target_inputs(),
-                *quality_inputs(),
+                ensemble_input(),
+                precision_override(),
             ],
             outputs=[io.Image.Output(tooltip="The enlarged images.")],
         )
@@ -177,7 +181,7 @@ class PFTSRUpscale(io.ComfyNode):
             (rows, columns), model.scale, resize, factor=factor, megapixels=megapixels, width=width, height=height
         )
         check_host_memory(how.host_bytes(frames, channels))
-        bring_to_device(model, image, tile)
+        bring_to_device(model, rows, columns, tile)
         display = Display()
         result = upscale_to(
             image,
@@ -191,6 +195,64 @@ class PFTSRUpscale(io.ComfyNode):
             preview=display.preview,
         )
         return io.NodeOutput(result.to(model_management.intermediate_device(), image.dtype))
+
+
+class PFTSRUpscaleVideo(io.ComfyNode):
+    """`pft_arch.video` between the host's VIDEO files."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PFTSRUpscaleVideo",
+            display_name="PFT-SR Upscale Video",
+            category=CATEGORY,
+            description="Enlarges a video with a PFT-SR model, frame by frame from file to file, so that a long video "
+            "takes no more memory than a short one. Sound, subtitles and timing are kept.",
+            inputs=[
+                upscale_model_input(),
+                io.Video.Input("video", tooltip="The video, for example from Load Video."),
+                *tile_inputs(),
+                io.Int.Input(
+                    "quality",
+                    default=16,
+                    min=0,
+                    max=51,
+                    tooltip="Constant rate factor of the H.264 encoder: lower is better and makes a larger file. 16 "
+                    "can hardly be told from the frames themselves, 23 is common for the web, 0 loses nothing.",
+                ),
+                precision_override(),
+            ],
+            outputs=[io.Video.Output(tooltip="The enlarged video, for Save Video. Its file is a temporary one.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        upscale_model: ImageModelDescriptor[Any],
+        video: Input.Video,
+        tile: int,
+        overlap: int,
+        quality: int,
+        precision: str = AS_LOADED,
+    ) -> io.NodeOutput:
+        from .pft_arch.video import upscale_video
+
+        model = pft_model(upscale_model, precision)
+        width, height = video.get_dimensions()
+        bring_to_device(model, height, width, tile)
+        target = temporary_file()
+        with video_source(video) as source:
+            upscale_video(
+                source,
+                target,
+                model.model,
+                tile=tile,
+                overlap=overlap,
+                quality=quality,
+                progress=Display().progress,
+                check_cancel=model_management.throw_exception_if_processing_interrupted,
+            )
+        return io.NodeOutput(InputImpl.VideoFromFile(str(target)))
 
 
 class PFTSRAttentionMap(io.ComfyNode):
@@ -246,12 +308,12 @@ class PFTSRAttentionMap(io.ComfyNode):
     def execute(
         cls, upscale_model: ImageModelDescriptor[Any], image: torch.Tensor, x: float, y: float, head: int, layout: str
     ) -> io.NodeOutput:
-        from .pft_arch.attention_map import attention_at, draw_batch, draw_sheet
+        from .pft_arch.attention_map import CONTEXT, attention_at, draw_batch, draw_sheet
 
         model = pft_model(upscale_model)
         rows, columns = image.shape[1:3]
         row, column = min(rows - 1, int(y * rows)), min(columns - 1, int(x * columns))
-        bring_to_device(model, image[:1, :TYPICAL_SIDE, :TYPICAL_SIDE], 0)
+        bring_to_device(model, rows, columns, CONTEXT)
         draw = draw_sheet if layout == LAYOUTS[0] else draw_batch
         layers = attention_at(image[0], model.model, row, column)
         return io.NodeOutput(draw(image[0], layers, row, column, head))
@@ -398,246 +460,26 @@ def target_inputs() -> list[Any]:
     ]
 
 
-def quality_inputs() -> list[Any]:
-    return [
-        advanced(
-            io.Boolean.Input(
-                "ensemble",
-                default=False,
-                optional=True,
-                tooltip="The mean over 8 positions of the image, turned and mirrored. Slightly better, and takes 8 "
-                "times as long.",
-            )
-        ),
-        advanced(
-            io.Combo.Input(
-                "precision",
-                options=[AS_LOADED, *PRECISIONS],
-                default=AS_LOADED,
-                optional=True,
-                tooltip="Number format of the calculation, where it is to differ from the loader's. The core node "
-                "Load Upscale Model always loads in fp32: auto lets the model run in fp16 where the GPU is good at it.",
-            )
-        ),
-    ]
-
-
-# files
-
-
-def register_folder() -> None:
-    """Make models/pft_sr known to the host, beside whatever extra_model_paths.yaml has named so before."""
-    from .pft_arch.weights import SUFFIXES
-
-    folder_paths.add_model_folder_path(OWN_FOLDER, str(own_folder()))
-    paths, _ = folder_paths.folder_names_and_paths[OWN_FOLDER]
-    folder_paths.folder_names_and_paths[OWN_FOLDER] = (paths, set(SUFFIXES))  # as it is: files of any kind
-
-
-def register_architecture() -> None:
-    """Let the core's own loader open PFT files. It has imported spandrel by now, unless the host lacks it."""
-    if "spandrel" in sys.modules:
-        from .pft_arch.descriptor import register
-
-        register()
-
-
-def own_folder() -> Path:
-    """models/pft_sr, where downloads and the user's catalogue.toml lie."""
-    return Path(folder_paths.models_dir, OWN_FOLDER)
-
-
-def model_names() -> list[str]:
-    """What the user may choose: the names of the catalogue, then every PFT file as "folder/file"."""
-    from .pft_arch.catalogue import catalogue
-    from .pft_arch.hub import STAGING
-
-    names = list(catalogue(own_folder()))
-    for folder in FOLDERS:
-        for file in folder_paths.get_filename_list(folder):
-            path = folder_paths.get_full_path(folder, file)
-            if path is not None and STAGING not in Path(file).parts and is_pft(path):
-                names.append(f"{folder}/{file}")
-    return names
-
-
-def model_path(choice: str) -> Path:
-    """The file behind one of `model_names`, downloaded if need be."""
-    from .pft_arch.weights import resolve
-
-    folder, _, file = choice.partition("/")
-    if folder in FOLDERS:
-        return Path(folder_paths.get_full_path_or_raise(folder, file))
-    return resolve(choice, own_folder(), download_progress())
-
-
-def local_path(text: str) -> Path:
-    """A path as users paste it: quoted by a file manager, or from their home."""
-    return Path(text.strip().strip("\"'")).expanduser()
-
-
-def known_path(choice: str) -> Path:
-    """Where that file lies, or will lie once it has been downloaded."""
-    from .pft_arch.catalogue import catalogue
-    from .pft_arch.hub import variant_path
-
-    variant = catalogue(own_folder()).get(choice)
-    return variant_path(variant, own_folder()) if variant and variant.source == "hub" else model_path(choice)
-
-
-def version(path: Path) -> str:
-    """Changes when a file is replaced under its old name, so that it is loaded anew."""
-    stat = path.stat() if path.is_file() else None
-    return f"{stat.st_mtime_ns} {stat.st_size}" if stat else ""
-
-
-def hub_file(repo_id: str, filename: str, revision: str) -> HubFile:
-    from .pft_arch.hub import HubFile
-
-    return HubFile(repo_id.strip(), filename.strip(), revision.strip() or "main")
-
-
-def download_progress() -> Callable[[int, int], None]:
-    """Shows a download in the node, and stops it on cancel."""
-    bars: list[ProgressBar] = []  # made with the first report: a bar before it would clear another node's
-
-    def progress(done: int, total: int) -> None:
-        model_management.throw_exception_if_processing_interrupted()
-        if not bars:
-            bars.append(ProgressBar(total))
-        bars[0].update_absolute(done, total)
-
-    return progress
-
-
-def is_pft(path: str) -> bool:
-    """`weights.is_pft_file`, asked once per version of a file: the host asks for the names very often."""
-    try:
-        stat = Path(path).stat()
-    except OSError:  # deleted since it was listed
-        return False
-    return _is_pft(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=4096)
-def _is_pft(path: str, *_version: int) -> bool:
-    from .pft_arch.weights import is_pft_file
-
-    return is_pft_file(path)
-
-
-# the host's upscale models and its memory
-
-
-def load(path: Path, precision: str) -> ImageModelDescriptor[PFTSR]:
-    from .pft_arch import load_model
-
-    device = model_management.unet_offload_device()
-    return as_upscale_model(load_model(path, device=device, dtype=choose_dtype(precision)))
-
-
-def choose_dtype(precision: str) -> torch.dtype:
-    """The number format of a choice; auto is fp16 where the host computes by CUDA or ROCm on a GPU good at it."""
-    import torch
-
-    if precision == "auto":
-        device = model_management.get_torch_device()
-        half = model_management.is_device_cuda(device) and model_management.should_use_fp16(device)
-        precision = "fp16" if half else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def as_upscale_model(network: PFTSR) -> ImageModelDescriptor[PFTSR]:
-    """What the host and other packs expect of an UPSCALE_MODEL, with the patcher that newer hosts read off it."""
-    from .pft_arch.descriptor import describe_network
-
-    try:
-        import spandrel  # noqa: F401 (tells whether it is there)
-    except ImportError as error:
-        raise ImportError(
-            "PFT-SR Load Model needs the package spandrel, which ComfyUI's own requirements.txt lists. "
-            "Install it into ComfyUI's Python: pip install spandrel"
-        ) from error
-
-    model = describe_network(network)
-    model.patcher = make_patcher(network)
-    return model
-
-
-def pft_model(upscale_model: ImageModelDescriptor[Any], precision: str = AS_LOADED) -> ImageModelDescriptor[PFTSR]:
-    """The model that a node was given if it is one of ours, in another precision if need be."""
-    from .pft_arch import PFTSR
-    from .pft_arch.upscale import in_dtype
-
-    network = getattr(upscale_model, "model", upscale_model)
-    if not isinstance(network, PFTSR):
-        raise TypeError(
-            f"PFT-SR nodes work with PFT-SR models only, and upscale_model is a {type(network).__name__} model. "
-            "Connect it to the node 'Upscale Image (using Model)', or choose a model in PFT-SR Load Model."
+def ensemble_input() -> io.Boolean.Input:
+    return advanced(
+        io.Boolean.Input(
+            "ensemble",
+            default=False,
+            optional=True,
+            tooltip="The mean over 8 positions of the image, turned and mirrored. Slightly better, and takes 8 times "
+            "as long.",
         )
-    dtype = next(network.parameters()).dtype if precision == AS_LOADED else choose_dtype(precision)
-    return upscale_model if next(network.parameters()).dtype == dtype else as_upscale_model(in_dtype(network, dtype))
-
-
-def check_host_memory(needed: float) -> None:
-    """Refuse what would have the system end the host, and all unsaved work with it."""
-    import torch
-
-    free = model_management.get_free_memory(torch.device("cpu"))
-    if needed > free:
-        raise MemoryError(
-            f"The result needs {needed / 2**30:.1f} GB of main memory, and {free / 2**30:.1f} GB are free. Choose a "
-            "smaller size by resize, or give fewer images at once."
-        )
-
-
-class Display:
-    """What a node shows while it works: its progress, and now and then the picture so far."""
-
-    def __init__(self) -> None:
-        self.bar: ProgressBar | None = None
-        self.picture: tuple[str, Any, int] | None = None
-        self.shown = 0.0
-
-    def preview(self, picture: torch.Tensor) -> None:
-        """(H, W, C): kept until the next report of progress, which it travels with."""
-        from PIL import Image
-
-        if time.monotonic() - self.shown < PREVIEW_SECONDS:
-            return
-        step = -(-max(picture.shape[:2]) // PREVIEW_SIDE)
-        small = (picture[::step, ::step].clamp(0, 1) * 255).byte().cpu()
-        self.picture = ("JPEG", Image.fromarray(small.expand(-1, -1, 3).numpy()), PREVIEW_SIDE)
-        self.shown = time.monotonic()
-
-    def progress(self, done: int, total: int) -> None:
-        self.bar = self.bar or ProgressBar(total)
-        self.bar.update_absolute(done, total, self.picture)
-        self.picture = None
-
-
-def make_patcher(network: PFTSR) -> Any:
-    """The host's handle on a model's memory. Its class is looked up now: the host replaces it while it starts."""
-    patcher = getattr(model_patcher, "CoreModelPatcher", model_patcher.ModelPatcher)
-    return patcher(
-        network,
-        load_device=model_management.get_torch_device(),
-        offload_device=model_management.unet_offload_device(),
     )
 
 
-def bring_to_device(model: ImageModelDescriptor[PFTSR], image: torch.Tensor, tile: int) -> None:
-    """Let the host make room and load the network, and see to it that every weight has arrived."""
-    if getattr(model, "patcher", None) is None:  # loaded by a host before 0.28
-        model.patcher = make_patcher(model.model)
-    room = memory_required(model.model, image, tile)
-    model_management.load_models_gpu([model.patcher], memory_required=room, force_full_load=True)
-    model.model.to(model.patcher.load_device)
-
-
-def memory_required(network: PFTSR, image: torch.Tensor, tile: int) -> float:
-    """Bytes worth unloading other models for. With more the tiles grow, with less they shrink; both work."""
-    from .pft_arch.upscale import bytes_per_pixel
-
-    height, width = (min(side, tile or TYPICAL_SIDE) for side in image.shape[1:3])
-    return 1.5 * bytes_per_pixel(network) * height * width
+def precision_override() -> io.Combo.Input:
+    return advanced(
+        io.Combo.Input(
+            "precision",
+            options=[AS_LOADED, *PRECISIONS],
+            default=AS_LOADED,
+            optional=True,
+            tooltip="Number format of the calculation, where it is to differ from the loader's. The core node Load "
+            "Upscale Model always loads in fp32: auto lets the model run in fp16 where the GPU is good at it.",
+        )
+    )

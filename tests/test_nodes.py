@@ -27,7 +27,14 @@ from pft_arch.weights import resolve, save_model
 
 PACK_NAME = "PFT-SR größer"  # a dash, a space and letters beyond ASCII
 BUNDLED = [name for name, variant in CATALOGUE.items() if variant.source == "bundled"]
-NODES = ("PFTSRLoadModel", "PFTSRLoadModelFromHub", "PFTSRUpscale", "PFTSRAttentionMap", "PFTSRCompare")
+NODES = (
+    "PFTSRLoadModel",
+    "PFTSRLoadModelFromHub",
+    "PFTSRUpscale",
+    "PFTSRUpscaleVideo",
+    "PFTSRAttentionMap",
+    "PFTSRCompare",
+)
 FILES = ("pft_sr/light.safetensors", "upscale_models/light.safetensors", "pft_sr/elsewhere.safetensors")
 WRAPPED = "upscale_models/light_wrapped.pth"
 REPLACED = "pft_sr/replaced.safetensors"
@@ -164,7 +171,7 @@ def test_every_node_is_offered_with_help_for_every_input(host: Host) -> None:
         info = host.object_info(node)
         assert info["description"] and info["category"] == "image/upscaling"
         assert info["display_name"].startswith("PFT-SR ")
-        for name, (_, details) in info["input"]["required"].items():
+        for name, (_, details) in inputs(info).items():
             assert details["tooltip"], name
 
 
@@ -342,7 +349,7 @@ def test_each_node_has_a_help_page_where_the_frontend_looks(bare_host: Host, nod
     page = bare_host.get_text(f"/extensions/{bare_host.pack_name}/docs/{node}.md")
     info = bare_host.object_info(node)
     assert page.startswith(f"# {info['display_name']}\n")
-    assert all(f"| `{name}` |" in page for name in info["input"]["required"])
+    assert all(f"| `{name}` |" in page for name in inputs(info))
 
 
 def test_a_published_variant_says_how_to_get_it(host: Host, photo: Image.Image) -> None:
@@ -393,6 +400,10 @@ def run_and_compare(host: Host, workflow: Graph, image: Image.Image, weights: Pa
     assert run.ending == "execution_success", run.error
     assert_same(run.images[0], expected(image, weights))
     return run
+
+
+def inputs(info: dict[str, Any]) -> dict[str, Any]:
+    return {**info["input"]["required"], **info["input"].get("optional", {})}
 
 
 def progress(run: Run) -> list[dict[str, int]]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import socket
+import struct
 import subprocess
 import time
 import urllib.error
@@ -39,6 +40,8 @@ class Run:
 
     messages: list[Message]  # of the websocket, in order, for this workflow only
     images: list[Image.Image]  # of all its output nodes
+    outputs: list[dict[str, Any]] = field(default_factory=list)  # what these told the frontend
+    previews: list[Image.Image] = field(default_factory=list)
     refused: dict[str, Any] | None = None  # the host's answer to a workflow that it did not accept
 
     @property
@@ -160,20 +163,30 @@ class Host:
             except urllib.error.HTTPError as error:
                 return Run([], [], refused=json.loads(error.read()))
             prompt = answer["prompt_id"]
-            messages = self._listen(connection, prompt, on_message)
+            previews: list[Image.Image] = []
+            messages = self._listen(connection, prompt, previews, on_message)
         finally:
             connection.close()
         outputs = self._outputs(prompt)
-        return Run(messages, [self._view(image) for output in outputs for image in output.get("images", ())])
+        files = [file for output in outputs for file in output.get("images", ())]  # videos are among them
+        images = [self._view(file) for file in files if file["filename"].endswith((".png", ".webp"))]
+        return Run(messages, images, outputs, previews)
 
     def _listen(
-        self, connection: WebSocket, prompt: str, on_message: Callable[[Message], None] | None
+        self,
+        connection: WebSocket,
+        prompt: str,
+        previews: list[Image.Image],
+        on_message: Callable[[Message], None] | None,
     ) -> list[Message]:
         messages: list[Message] = []
         end = time.monotonic() + RUN_LIMIT
         while time.monotonic() < end:
             frame = connection.recv()
-            if not isinstance(frame, str):  # a preview
+            if not isinstance(frame, str):
+                event, kind = struct.unpack(">II", frame[:8])
+                if (event, kind) == (1, 1):  # a preview, as JPEG
+                    previews.append(Image.open(io.BytesIO(frame[8:])))
                 continue
             message = json.loads(frame)
             if message.get("data", {}).get("prompt_id") != prompt:
