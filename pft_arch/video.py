@@ -7,6 +7,7 @@ run that was stopped can go on at its last whole segment, and gives what an unin
 
 from __future__ import annotations
 
+import errno
 import heapq
 import json
 import logging
@@ -60,7 +61,7 @@ CODECS: Mapping[str, Codec] = {
     "av1": Codec("libsvtav1", 20, min_side=64),
     "vp9": Codec("libvpx-vp9", 20, {"row-mt": "1"}),
     "ffv1": Codec("ffv1"),  # lossless
-    "prores": Codec("prores_ks", options={"profile": "hq"}),
+    "prores": Codec("prores_ks", options={"profile": "3"}),
 }
 # FFmpeg's name of the container, and its codecs: the first that this FFmpeg can encode is the default.
 CONTAINERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -154,7 +155,10 @@ def upscale_video(
             with replacing(target) as path:
                 try:
                     _join(segments, source, path, container, encoder, picture)
-                except av.error.ArgumentError:  # a stream that the container should hold, and then does not
+                except av.error.FFmpegError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    # a stream that the container should hold, and then does not
                     _join(segments, source, path, container, encoder, picture, plain=True)
     except av.error.FFmpegError as error:
         raise VideoError(f"{name}: {_why(error)}") from error
