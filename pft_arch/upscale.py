@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .network import PFTSR, from_config
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Plane = tuple[Tensor, Tensor]  # (H, W, C) picture, (H * scale, W * scale, C) place for the result
 
 MIN_OVERLAP, WINDOWS_OVERLAP = 32, 2  # automatic overlap: LR pixels and windows, whichever is more (benchmarks/seams)
@@ -42,9 +43,11 @@ class Tile:
     def area(self) -> tuple[slice, slice]:
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
-    def blend_into(self, out: Tensor, picture: Tensor) -> None:
-        """Add the tile's output (C, h * scale, w * scale) to the image out (H * scale, W * scale, C)."""
+    def blend_into(self, out: Tensor, picture: Tensor, first: int = 0) -> None:
+        """Add the tile's output (C, h * scale, w * scale) to the image out (H * scale, W * scale, C), or to its rows
+        from the first."""
         top, left = (start * len(self.weight_y) // self.height for start in (self.top, self.left))
+        top -= first
         rows, columns = slice(top, top + len(self.weight_y)), slice(left, left + len(self.weight_x))
         out[rows, columns] += picture.permute(1, 2, 0) * (self.weight_y[:, None, None] * self.weight_x[:, None])
 
@@ -91,22 +94,14 @@ def upscale(
     channels, c = image.shape[-1], model.config
     if channels != c.in_channels and not (c.in_channels == 3 and channels in (1, 4)):
         raise ValueError(f"the image has {channels} channels; this model takes {c.in_channels}")
-    if tile < 0 or overlap < 0:
-        raise ValueError(f"tile and overlap cannot be negative; got {tile} and {overlap}")
-
-    window = c.window_size
-    overlap = -(-(overlap or max(MIN_OVERLAP, WINDOWS_OVERLAP * window)) // window) * window
-    side = max(2, -(-tile // window)) * window if tile else auto_tile(model, *image.shape[1:3])
-    side = max(side, overlap + window)  # a tile must reach beyond what it shares
-
-    runner = _Runner(model, overlap, check_cancel or (lambda: None))
     batch, height, width, _ = image.shape
-    tiles = tile_grid(height, width, side, overlap, window, c.scale)
+    tiles, overlap = _tiles(model, height, width, tile, overlap)
+    runner = _Runner(model, overlap, check_cancel or (lambda: None))
     out = torch.zeros(batch, height * c.scale, width * c.scale, channels)
     planes = list(_planes(image, out, c.in_channels))
     done, total = 0, len(planes) * len(tiles)
     for group in _passes((plane, t) for plane in planes for t in tiles):
-        pictures = runner.run(torch.stack([_crop(source, t, c.in_channels) for (source, _), t in group]))
+        pictures = runner.run(torch.stack([_crop(source[t.area], c.in_channels) for (source, _), t in group]))
         for ((_, target), t), picture in zip(group, pictures, strict=True):
             # a grey picture went in as RGB and comes back as its mean
             t.blend_into(target, picture if len(picture) == target.shape[-1] else picture.mean(0, keepdim=True))
@@ -157,6 +152,61 @@ def in_dtype(model: PFTSR, dtype: torch.dtype) -> PFTSR:
     state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
     copy.load_state_dict(state, assign=True)
     return copy.eval()
+
+
+@torch.inference_mode()
+def upscale_bands(
+    read: Callable[[slice, slice], Tensor],
+    size: tuple[int, int, int],
+    model: PFTSR,
+    *,
+    tile: int = 0,
+    overlap: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    check_cancel: Callable[[], None] | None = None,
+) -> Iterator[Tensor]:
+    """The result of `upscale`, from the top down, for pictures too large to hold in floating point.
+
+    Args:
+        read: gives rows and columns of the picture, (h, w, C) floating point in [0, 1].
+        size: height, width and channels of the picture: 1, or as many as the model takes. Alpha is a picture of its
+            own: take it apart.
+        model, tile, overlap, progress, check_cancel: as for `upscale`.
+
+    Yields:
+        (h, W * scale, C) float32 on the CPU in [0, 1]: the next rows of the result. No more than the rows of two tiles
+        are in memory.
+    """
+    (height, width, channels), c = size, model.config
+    tiles, overlap = _tiles(model, height, width, tile, overlap)
+    runner = _Runner(model, overlap, check_cancel or (lambda: None))
+    band, first = torch.zeros(0, width * c.scale, channels), 0  # rows at work, and which row of the result is the first
+    done = 0
+    for group in _passes((None, t) for t in tiles):
+        crops = [_crop(read(*t.area), c.in_channels) for _, t in group]
+        for (_, t), picture in zip(group, runner.run(torch.stack(crops)), strict=True):
+            top, missing = t.top * c.scale - first, (t.top + t.height) * c.scale - first - len(band)
+            if top > 0:  # tiles come row by row: what is above this one is finished
+                yield band[:top].clamp(0, 1)
+                band, first = band[top:], first + top
+            if missing > 0:
+                band = torch.cat((band, torch.zeros(missing, *band.shape[1:])))
+            t.blend_into(band, picture if len(picture) == channels else picture.mean(0, keepdim=True), first)
+        done += len(group)
+        if progress:
+            progress(done, len(tiles))
+    yield band.clamp_(0, 1)
+
+
+def _tiles(model: PFTSR, height: int, width: int, tile: int, overlap: int) -> tuple[list[Tile], int]:
+    """The tiles of an image, and the overlap in whole windows."""
+    if tile < 0 or overlap < 0:
+        raise ValueError(f"tile and overlap cannot be negative; got {tile} and {overlap}")
+    window = model.config.window_size
+    overlap = -(-(overlap or max(MIN_OVERLAP, WINDOWS_OVERLAP * window)) // window) * window
+    side = max(2, -(-tile // window)) * window if tile else auto_tile(model, height, width)
+    side = max(side, overlap + window)  # a tile must reach beyond what it shares
+    return tile_grid(height, width, side, overlap, window, model.config.scale), overlap
 
 
 def tile_grid(height: int, width: int, side: int, overlap: int, window: int, scale: int) -> list[Tile]:
@@ -245,9 +295,9 @@ def _planes(image: Tensor, out: Tensor, in_channels: int) -> Iterator[tuple[Tens
                 yield alpha, target[..., colours:]
 
 
-def _crop(source: Tensor, tile: Tile, in_channels: int) -> Tensor:
-    """(in_channels, h, w) of a tile of (H, W, C): in [0, 1], finite, grey repeated."""
-    crop = source[tile.area].float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
+def _crop(crop: Tensor, in_channels: int) -> Tensor:
+    """(h, w, C) of a tile -> (in_channels, h, w): in [0, 1], finite, grey repeated."""
+    crop = crop.float().nan_to_num(0.0, 1.0, 0.0).clamp(0, 1)
     return crop.permute(2, 0, 1).expand(in_channels, -1, -1)
 
 
@@ -314,9 +364,9 @@ class _Runner:
         return out.permute(2, 0, 1)[None]
 
 
-def _passes(work: Iterable[tuple[Plane, Tile]]) -> Iterator[list[tuple[Plane, Tile]]]:
-    """Consecutive tiles of one shape, together as long as they are small."""
-    group: list[tuple[Plane, Tile]] = []
+def _passes(work: Iterable[tuple[T, Tile]]) -> Iterator[list[tuple[T, Tile]]]:
+    """Consecutive tiles of one shape, together as long as they are small, each with what belongs to it."""
+    group: list[tuple[T, Tile]] = []
     for plane, t in work:
         area = t.height * t.width
         if group:
