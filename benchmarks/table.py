@@ -1,0 +1,193 @@
+"""The measurements in benchmarks/cpu.json and benchmarks/gpu/ as tables of docs/benchmarks.md, beside the targets.
+
+python benchmarks/table.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- begin: written by benchmarks/table.py -->\n", "<!-- end -->\n"
+
+Row = dict[str, Any]  # a result of pft-sr benchmark
+
+
+def main() -> None:
+    runs = [read(file) for file in [HERE / "cpu.json", *sorted((HERE / "gpu").glob("*_[0-9]*.json"))] if file.exists()]
+    large = HERE / "gpu" / "large.json"
+    parts = [targets(runs, read(large) if large.exists() else None), *map(measurements, runs)]
+    head, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
+    _, found, tail = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{DOCUMENT} has lost the lines {BEGIN.strip()} and {END.strip()}, between which tables go")
+    DOCUMENT.write_text(f"{head}{BEGIN}\n{chr(10).join(parts)}\n{END}{tail}", "utf-8")
+
+
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text("utf-8"))
+
+
+# targets
+
+
+@dataclass(frozen=True)
+class Target:
+    """A line of the table: what to look at, on which device, and what is wanted of it."""
+
+    text: str
+    wanted: str
+    device: str
+    choose: Callable[[Row], bool]
+    value: Callable[[Row, Sequence[Row]], float | None]  # of a row among those of its run
+    met: Callable[[float], bool]
+    show: str = "{:.2f} times"
+    best: Callable[[Iterable[float]], float] = max  # of the backends at one case
+
+
+def faster_than_published(row: Row, _: Sequence[Row]) -> float | None:
+    return row["times_as_fast_as_published"]
+
+
+def memory_of_published(row: Row, _: Sequence[Row]) -> float | None:
+    return row["memory_of_published"]
+
+
+def faster_than_swinir(row: Row, rows: Sequence[Row]) -> float | None:
+    rival = "SwinIR" if row["network"] == "pft" else "SwinIR light"
+    for other in rows:
+        if other["network"] == rival and case(other) == case(row) and other["ms_per_megapixel"]:
+            return other["ms_per_megapixel"] / row["ms_per_megapixel"]
+    return None
+
+
+def ours(networks: Sequence[str], precisions: Sequence[str], backend: str = "") -> Callable[[Row], bool]:
+    def choose(row: Row) -> bool:
+        fits = row["network"] in networks and row["precision"] in precisions and backend in ("", row["backend"])
+        return fits and row["code"] == "pft-sr" and row["ms_per_megapixel"] is not None
+
+    return choose
+
+
+PUBLISHED = ("pft_light", "pft")
+ALL = ("fp16", "bf16", "fp32", "tf32")
+TARGETS = (
+    Target("CPU, `pft_light` x2 128x128, `torch` backend, speed against the published steps", "at least 2.5 times",
+           "cpu", ours(["pft_light"], ["fp32"], "torch"), faster_than_published, lambda x: x >= 2.5),
+    Target("the same, `numba` backend", "at least 5 times",
+           "cpu", ours(["pft_light"], ["fp32"], "numba"), faster_than_published, lambda x: x >= 5),
+    Target("the same, memory, `torch` backend", "at most 1/4",
+           "cpu", ours(["pft_light"], ["fp32"], "torch"), memory_of_published, lambda x: x <= 1 / 4, "{:.2f}", min),
+    Target("the same, memory, `numba` backend", "at most 1/4",
+           "cpu", ours(["pft_light"], ["fp32"], "numba"), memory_of_published, lambda x: x <= 1 / 4, "{:.2f}", min),
+    Target("GPU, `pft_light` and `pft`, fp16 and bf16, speed against the published code", "at least 8 times",
+           "cuda", ours(PUBLISHED, ["fp16", "bf16"]), faster_than_published, lambda x: x >= 8),
+    Target("the same, fp32 and tf32", "at least 3 times",
+           "cuda", ours(PUBLISHED, ["fp32", "tf32"]), faster_than_published, lambda x: x >= 3),
+    Target("GPU, memory against the published code", "at most 1/6",
+           "cuda", ours(PUBLISHED, ALL), memory_of_published, lambda x: x <= 1 / 6, "{:.3f}", min),
+    Target("GPU, speed against SwinIR of the same class", "faster",
+           "cuda", ours(PUBLISHED, ALL), faster_than_swinir, lambda x: x > 1),
+)  # fmt: skip
+
+
+def targets(runs: Sequence[dict[str, Any]], large: dict[str, Any] | None) -> str:
+    """Worst case of each target over presets, sizes and precisions, of the best backend each."""
+    lines = [("measure", "target", "measured", "")]
+    for target in TARGETS:
+        of_cases: dict[Any, list[float]] = {}
+        for run in runs:
+            for row in run["results"]:
+                if run["machine"]["device"] == target.device and target.choose(row):
+                    value = target.value(row, run["results"])
+                    if value is not None:
+                        of_cases.setdefault((row["network"], *case(row)), []).append(value)
+        lines.append((target.text, target.wanted, *verdict(target, [target.best(v) for v in of_cases.values()])))
+    lines.append(("GPU, `pft` x2 on 1024x1024, memory", "below 8 GB", *large_verdict(large)))
+    return table(lines)
+
+
+def verdict(target: Target, values: Sequence[float]) -> tuple[str, str]:
+    if not values:
+        return "", "not measured"
+    low, high = (target.show.format(f(values)) for f in (min, max))
+    return low if low == high else f"{low} to {high}", "met" if all(map(target.met, values)) else "**missed**"
+
+
+def large_verdict(large: dict[str, Any] | None) -> tuple[str, str]:
+    runs = [run for run in large["runs"] if "peak_bytes" in run] if large and large["size"] == 1024 else []
+    if not runs:
+        return "", "not measured"
+    best = min(runs, key=lambda run: (run["peak_bytes"] >= 8e9, -run["tile"]))  # the largest tile that meets it
+    text = f"{best['peak_bytes'] / 1e9:.2f} GB in tiles of {best['tile']} ({best['backend']})"
+    return text, "met" if best["peak_bytes"] < 8e9 else "**missed**"
+
+
+# measurements
+
+
+def measurements(run: dict[str, Any]) -> str:
+    """All that one run measured: its machine, and one table per case."""
+    m = run["machine"]
+    cpu = f"{m['cpu']}, {m['threads']} threads on {m['cores']} cores"
+    facts = f"{m['gpu']} ({cpu})" if "gpu" in m else cpu
+    text = [f"### {facts}\n", f"torch {m['torch']}; load of the machine at the start: {m['load_at_start']}."]
+    for precision, peak in run["peak"].items():
+        text.append(
+            f"Peak, {precision}: {peak['flops'] / 1e9:,.0f} GFLOP/s in a matrix product, "
+            f"{peak['bytes_per_second'] / 1e9:,.1f} GB/s in a copy."
+        )
+    for key in dict.fromkeys(map(case, run["results"])):
+        scale, size, precision = key
+        rows = [cells(row, run["results"]) for row in run["results"] if case(row) == key]
+        text += ["", f"x{scale}, {size}x{size}, {precision}:", "", table([HEADINGS, *rows])]
+    return "\n".join(text)
+
+
+HEADINGS = (
+    "network", "ms per MP", "times the published", "times SwinIR", "memory", "of the published", "GMACs",
+    "of matrix rate", "of roofline", "difference", "runs",
+)  # fmt: skip
+
+
+def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
+    how = row["backend"] or row["code"]
+    name = f"{row['network']} ({how})" + ("" if row["computed_in"] == row["precision"] else f" in {row['computed_in']}")
+    if row["error"]:
+        return (name, f"failed: {row['error']}", *[""] * 9)
+    of_swinir = faster_than_swinir(row, rows) if row["code"] == "pft-sr" else None
+    return (
+        name,
+        number(row["ms_per_megapixel"], "{:,.0f}" if row["ms_per_megapixel"] >= 100 else "{:.2f}"),
+        number(row["times_as_fast_as_published"], "{:.2f}"),
+        number(of_swinir, "{:.2f}"),
+        number(row["peak_bytes"] and row["peak_bytes"] / 1e6, "{:,.0f} MB"),
+        number(row["memory_of_published"], "{:.2f}"),
+        number(row["macs"] and row["macs"] / 1e9, "{:.1f}"),
+        number(row["share_of_matmul"], "{:.1%}"),
+        number(row["share_of_roofline"], "{:.1%}"),
+        number(row["difference"], "{:.0e}"),
+        str(len(row["seconds"])),
+    )
+
+
+def case(row: Row) -> tuple[int, int, str]:
+    return row["scale"], row["size"], row["precision"]
+
+
+def number(value: float | None, pattern: str) -> str:
+    return "" if value is None else pattern.format(value)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + "---|" * len(rows[0]), *body, ""])
+
+
+if __name__ == "__main__":
+    main()
