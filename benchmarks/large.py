@@ -37,7 +37,7 @@ def main() -> None:
     pixels = read_image(HERE.parent / "docs" / "photo.jpg").pixels
     image = pixels.repeat(-(-size // len(pixels)), -(-size // pixels.shape[1]), 1)[None, :size, :size]
 
-    result = {"machine": machine(device), "preset": arguments.preset, "scale": 2, "size": size, "runs": []}
+    result: dict[str, Any] = {"machine": machine(device), "preset": arguments.preset, "scale": 2, "size": size, "runs": []}
     for backend in default_backends(device):
         whole = None
         for tile in (size, size // 2, size // 4):

@@ -32,7 +32,8 @@ from .network import HEAD_CHANNELS, from_config, upsampling_steps
 from .rivals import SPANDREL, published_network, spandrel_network
 
 SEED = 0
-ENOUGH_SECONDS = 25.0  # a network that has been timed for so long takes no further turns
+ENOUGH_SECONDS = 20.0  # a network that has been timed for so long takes no further turns
+BUSY = 0.5  # load per core from which times mean little
 # Precision: dtype of weights and image, and whether matrix products and convolutions may use TF32. In half precision
 # that concerns only what stays in float32, the published code, which gets torch's defaults.
 PRECISIONS: dict[str, tuple[torch.dtype, bool, bool]] = {
@@ -78,6 +79,8 @@ class Contender:
 class Result:
     """One network at one case. What could not be measured is None, and `error` says why.
 
+    seconds: of each timed run, on the clock; processor_seconds: of all the process's threads meanwhile. On a CPU their
+    sum is far below threads times seconds where other work disturbed the measurement.
     macs: multiply-adds of one image, `macs_by` "formula" or "counter" (torch's FlopCounterMode).
     peak_bytes: most memory held at once by one pass: weights, image, and all that torch allocates.
     bound_seconds: see the module's docstring. difference: largest from the published code's picture.
@@ -92,6 +95,7 @@ class Result:
     computed_in: str
     parameters: int | None = None
     seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
     ms_per_megapixel: float | None = None
     peak_bytes: int | None = None
     macs: int | None = None
@@ -197,7 +201,9 @@ def compare(
                 if result.error or sum(result.seconds) > ENOUGH_SECONDS:
                     continue
                 with _recorded(result, say):
+                    processor = time.process_time()
                     result.seconds.append(timed(run, device))
+                    result.processor_seconds.append(time.process_time() - processor)
                     if turn == repeat - 1 or sum(result.seconds) > ENOUGH_SECONDS:
                         _summarise(result, peak)
                         say(f"{result}: {result.ms_per_megapixel:.4g} ms/MP, median of {len(result.seconds)}")
@@ -491,7 +497,10 @@ def _cpu_name() -> str:
 
 def describe_machine(facts: dict[str, Any]) -> str:
     cpu = f"{facts['cpu']}, {facts['threads']} of {facts['cores']} cores, torch {facts['torch']}"
-    return f"{facts['gpu']} ({cpu})" if "gpu" in facts else cpu
+    text = f"{facts['gpu']} ({cpu})" if "gpu" in facts else cpu
+    if (facts["load_at_start"] or 0) > BUSY * facts["cores"]:
+        text += f"\nOther work keeps this machine busy (load {facts['load_at_start']}): times will be too long."
+    return text
 
 
 def to_json(facts: dict[str, Any], peaks: dict[str, Peak], results: Iterable[Result]) -> dict[str, Any]:
