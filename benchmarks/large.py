@@ -37,12 +37,13 @@ def main() -> None:
     pixels = read_image(HERE.parent / "docs" / "photo.jpg").pixels
     image = pixels.repeat(-(-size // len(pixels)), -(-size // pixels.shape[1]), 1)[None, :size, :size]
 
-    result: dict[str, Any] = {"machine": machine(device), "preset": arguments.preset, "scale": 2, "size": size, "runs": []}
+    facts = {"machine": machine(device), "preset": arguments.preset, "scale": 2, "size": size}
+    runs: list[dict[str, Any]] = []
     for backend in default_backends(device):
         whole = None
         for tile in (size, size // 2, size // 4):
             run: dict[str, Any] = {"backend": backend, "tile": tile}
-            result["runs"].append(run)
+            runs.append(run)
             try:
                 model.set_attention_backend(backend)
                 picture = measure(model, image, tile, device, run)
@@ -51,7 +52,7 @@ def main() -> None:
             except Exception as error:  # out of memory, mostly: that is a result too
                 run["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             print(run, flush=True)
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+            arguments.json.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n", "utf-8")
 
 
 def measure(model: PFTSR, image: Tensor, tile: int, device: torch.device, run: dict[str, Any]) -> Tensor:
