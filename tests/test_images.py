@@ -16,6 +16,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms
 
 from pft_arch import images
+from pft_arch.deep_images import compress, expand
 from pft_arch.images import FORMATS, ImageError, Picture, read_image, write_image
 
 ROOT = Path(__file__).parent.parent
@@ -111,9 +112,8 @@ def test_sixteen_bit_grey_keeps_its_depth(tmp_path, suffix, order):
     assert Image.open(tmp_path / "out.jpg").mode == "L"
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_pixels_without_an_agreed_white_are_refused(tmp_path, dtype):
-    Image.fromarray(np.ones((2, 2), dtype=dtype)).save(tmp_path / "f.tiff")
+def test_pixels_without_an_agreed_white_are_refused(tmp_path):
+    Image.fromarray(np.ones((2, 2), dtype=np.int32)).save(tmp_path / "f.tiff")
     with pytest.raises(ImageError, match=r"f\.tiff: colour mode . is not supported\. Save it as"):
         read_image(tmp_path / "f.tiff")
 
@@ -137,6 +137,217 @@ def test_a_phone_photo_with_a_second_picture_inside_reads_as_the_photo(tmp_path)
 def test_the_content_decides_not_the_name(tmp_path):
     Image.fromarray(noise(4, 4, 3)).save(tmp_path / "really_jpeg.png", "JPEG")
     assert read_image(tmp_path / "really_jpeg.png").pixels.shape == (4, 4, 3)
+
+
+# ---------------------------------------------------------------------------------- beyond 8 bits
+
+
+def deep(*shape: int, dtype: str = "uint16") -> np.ndarray:
+    values = np.random.default_rng(0).integers(0, 65536, shape, dtype=np.uint16)
+    return values if dtype == "uint16" else (values / 20000).astype(dtype)  # light up to 3.3
+
+
+def twice(picture: Picture) -> Picture:
+    return replace(picture, pixels=picture.pixels.repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bit_colours_keep_their_depth_profile_and_resolution(tmp_path, channels, suffix):
+    codecs, tifffile = pytest.importorskip("imagecodecs"), pytest.importorskip("tifffile")
+    values = deep(5, 7, channels)
+    tifffile.imwrite(
+        tmp_path / "in.tiff",
+        values,
+        photometric="rgb" if channels > 2 else "minisblack",
+        planarconfig="contig",
+        extrasamples=["unassalpha"] if channels in (2, 4) else [],
+        iccprofile=SRGB,
+        resolution=(300, 150),
+        resolutionunit="INCH",
+        compression="lzw",
+        extratags=[(315, 2, 0, "Zoë".encode(), True)],
+    )
+    picture = read_image(tmp_path / "in.tiff")
+    assert (picture.depth, picture.grey, picture.icc) == (16, channels == 2, SRGB)
+    write_image(picture, tmp_path / f"out.{suffix}")
+    again = read_image(tmp_path / f"out.{suffix}")
+    assert torch.equal(again.pixels, picture.pixels)
+    assert (again.depth, again.grey, again.icc) == (16, channels == 2, SRGB)
+    assert [round(x) for x in again.dpi] == [300, 150]
+    exif = Image.Exif()
+    exif.load(again.exif)
+    assert exif[ExifTags.Base.Artist].encode("latin-1").decode() == "Zoë"
+    if suffix == "png":
+        stored = codecs.png_decode((tmp_path / "out.png").read_bytes())
+        np.testing.assert_array_equal(stored, values)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_deep_images_are_turned_upright_too(tmp_path, orientation):
+    tifffile = pytest.importorskip("tifffile")
+    values = deep(4, 6, 3)
+    tifffile.imwrite(tmp_path / "in.tiff", values, photometric="rgb", extratags=[(274, 3, 1, orientation, True)])
+    eight = Image.fromarray((values >> 8).astype(np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    eight.save(tmp_path / "in.png", exif=exif)
+    expected = read_image(tmp_path / "in.png").pixels
+    assert torch.allclose(read_image(tmp_path / "in.tiff").pixels, expected, atol=1 / 255)
+
+
+def test_without_the_packages_sixteen_bit_colours_are_read_as_eight_and_that_is_said(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("imagecodecs")
+    write_image(Picture(torch.rand(4, 4, 3), depth=16), tmp_path / "in.png")
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    assert read_image(tmp_path / "in.png").depth == 8
+    assert "pip install 'pft-sr[images]'" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("suffix", ["exr", "tiff"])
+def test_light_comes_back_as_it_was_highlights_and_negatives_too(tmp_path, dtype, channels, suffix):
+    exr, tifffile = pytest.importorskip("OpenEXR"), pytest.importorskip("tifffile")
+    values = deep(6, 8, channels, dtype=dtype)
+    values[0, 0, 0], values[3, 3, 0] = 4000, -0.25
+    if channels == 4:
+        values[..., 3] = np.linspace(0, 1, 8)
+    if suffix == "exr":
+        name = {1: "Y", 3: "RGB", 4: "RGBA"}[channels]
+        window = (np.array([2, 1], np.int32), np.array([9, 6], np.int32))
+        header = {"compression": exr.PIZ_COMPRESSION, "dataWindow": window, "displayWindow": window, "owner": "Zoe"}
+        exr.File(header, {name: values.squeeze()}).write(str(tmp_path / "in.exr"))
+    else:
+        options = {"extrasamples": ["assocalpha"]} if channels == 4 else {}
+        kind = "rgb" if channels > 1 else "minisblack"
+        tifffile.imwrite(tmp_path / "in.tiff", values.squeeze(), photometric=kind, **options)
+    picture = read_image(tmp_path / f"in.{suffix}")
+    assert picture.depth == 32
+    assert 0 <= picture.pixels.min() <= picture.pixels.max() <= 1
+    write_image(twice(picture), tmp_path / f"out.{suffix}")
+    if suffix == "exr":
+        with exr.File(str(tmp_path / "out.exr")) as file:
+            out, header = file.channels()[name].pixels.reshape(12, 16, channels), dict(file.header())
+        assert (header["compression"], header["owner"]) == (exr.PIZ_COMPRESSION, "Zoe")
+        assert [list(corner) for corner in header["dataWindow"]] == [[4, 2], [19, 13]]
+    else:
+        out = tifffile.imread(tmp_path / "out.tiff").reshape(12, 16, channels)
+    assert out.dtype == dtype
+    wanted = values.repeat(2, 0).repeat(2, 1).astype(np.float32)
+    far = np.ones(out.shape[:2], bool)
+    far[4:10, 4:10] = False  # what is below 0 is enlarged smoothly
+    np.testing.assert_allclose(out[far], wanted[far], rtol=2e-3 if dtype == "float16" else 1e-4, atol=1e-5)
+    assert out[6:8, 6:8, 0].min() < -0.1
+
+
+def test_light_up_to_one_is_what_an_srgb_image_would_be():
+    light = np.linspace(0, 1, 256)
+    np.testing.assert_allclose(compress(light, 1.0), srgb(light))
+    for peak in (1.0, 3.0, 65504.0):
+        x = np.geomspace(1e-6, peak, 100)
+        y = compress(x, peak)
+        assert (np.diff(y) > 0).all() and y[-1] == pytest.approx(1)
+        np.testing.assert_allclose(expand(y, peak), x, rtol=1e-9)
+    assert 0.3 < compress(np.array(0.18), 65504.0) < 0.5
+
+
+def srgb(linear: np.ndarray) -> np.ndarray:
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def test_light_that_is_no_number_is_said_and_does_no_harm(tmp_path, caplog):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.full((4, 4, 3), 0.5, np.float32)
+    values[0, 0], values[1, 1] = np.nan, np.inf
+    tifffile.imwrite(tmp_path / "in.tiff", values, photometric="rgb")
+    picture = read_image(tmp_path / "in.tiff")
+    assert torch.isfinite(picture.pixels).all()
+    assert "6 values are infinite or no numbers" in caplog.text
+
+
+def test_light_is_refused_where_it_would_be_clipped_and_pictures_where_light_is_held(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "in.tiff", deep(4, 4, 3, dtype="float32"), photometric="rgb")
+    for name in ("out.png", "out.jpg"):
+        with pytest.raises(ImageError, match=r"cannot hold light in floating point\. Write \.exr or \.tiff"):
+            write_image(read_image(tmp_path / "in.tiff"), tmp_path / name)
+    with pytest.raises(ImageError, match="and this is none"):
+        write_image(Picture(torch.zeros(2, 2, 3)), tmp_path / "out.exr")
+
+
+# ---------------------------------------------------------------------------------- large ones, from the top down
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "jpg"])
+@pytest.mark.parametrize(("channels", "grey"), [(1, False), (3, False), (4, False), (4, True)])
+@pytest.mark.parametrize("depth", [8, 16])
+def test_bands_make_the_file_that_the_whole_makes(tmp_path, suffix, channels, grey, depth):
+    pytest.importorskip("imagecodecs"), pytest.importorskip("tifffile")
+    values = torch.rand(130, 9, channels)
+    if grey:
+        values[..., :3] = values[..., :1]
+    picture = Picture(values, grey=grey, depth=depth, icc=SRGB, dpi=(300, 300))
+    write_image(picture, tmp_path / f"whole.{suffix}")
+    small = replace(picture, pixels=values[:2, :2])
+    images.write_bands(small, values.split(70), 130, 9, tmp_path / f"bands.{suffix}")
+    whole, bands = read_image(tmp_path / f"whole.{suffix}"), read_image(tmp_path / f"bands.{suffix}")
+    assert torch.equal(whole.pixels, bands.pixels)
+    assert (whole.depth, whole.grey, whole.icc) == (bands.depth, bands.grey, bands.icc)
+    assert [round(x) for x in bands.dpi] == [300, 300]
+
+
+def test_a_fault_among_the_bands_leaves_nothing(tmp_path):
+    def bands():
+        yield torch.rand(4, 9, 3)
+        raise RuntimeError("no more")
+
+    for name in ("out.png", "out.jpg"):
+        with pytest.raises(RuntimeError, match="no more"):
+            images.write_bands(Picture(torch.rand(4, 4, 3)), bands(), 8, 9, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_whole_levels_are_the_same_picture_in_a_fourth_of_the_memory(tmp_path, depth):
+    pytest.importorskip("imagecodecs")
+    write_image(Picture(torch.rand(5, 7, 3), depth=depth), tmp_path / "in.png")
+    picture = read_image(tmp_path / "in.png", levels=True)
+    assert picture.pixels.dtype == (torch.uint16 if depth == 16 else torch.uint8)
+    assert torch.equal(picture.pixels.float() / (2**depth - 1), read_image(tmp_path / "in.png").pixels)
+
+
+# ---------------------------------------------------------------------------------- animations
+
+
+@pytest.mark.parametrize("target", ["png", "webp", "gif"])
+@pytest.mark.parametrize("source", ["png", "webp", "gif"])
+def test_animations_keep_frames_durations_and_loop(tmp_path, source, target):
+    frames = [Image.new("RGBA", (8, 6)) for _ in range(4)]
+    for number, colour in enumerate(("red", "lime", "white", "blue")):
+        frames[number].paste(colour, (number, 0, number + 4, 6))
+    options = {"lossless": True} if source == "webp" else {"disposal": 2} if source == "gif" else {}
+    times = [100, 250, 40, 500]
+    frames[0].save(
+        tmp_path / f"in.{source}", save_all=True, append_images=frames[1:], duration=times, loop=3, **options
+    )
+    animation = images.read_animation(tmp_path / f"in.{source}")
+    assert (animation.durations, animation.plays) == (times, 3)
+    larger = map(twice, images.read_frames(tmp_path / f"in.{source}"))
+    images.write_frames(larger, animation, tmp_path / f"out.{target}")
+    again = images.read_animation(tmp_path / f"out.{target}")
+    assert (again.durations, again.plays) == (times, 3)
+    for frame, wanted in zip(images.read_frames(tmp_path / f"out.{target}"), frames, strict=True):
+        assert frame.pixels.shape == (12, 16, 4)
+        shown = frame.pixels[..., :3] * frame.pixels[..., 3:]
+        colours = torch.from_numpy(np.array(wanted.resize((16, 12), Image.Resampling.NEAREST))).float() / 255
+        assert (shown - colours[..., :3] * colours[..., 3:]).abs().mean() < 0.02
+
+
+def test_an_animation_is_refused_where_one_picture_is_held(tmp_path):
+    with pytest.raises(ImageError, match="JPEG holds one picture"):
+        images.write_frames([Picture(torch.rand(4, 4, 4))], images.Animation([100.0], 0), tmp_path / "out.jpg")
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------- colour
@@ -303,7 +514,7 @@ def test_each_unreadable_file_says_what_is_wrong(tmp_path):
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "empty.png").touch()
     for name, reason in (
-        ("text.png", "is not a PNG, JPEG, WebP or TIFF image"),
+        ("text.png", "is not a PNG, JPEG, WebP, TIFF, GIF or EXR image"),
         ("empty.png", "is empty"),
         ("missing.png", "no such file"),
         (".", "is a folder"),
@@ -391,7 +602,7 @@ def test_a_target_that_cannot_be_written_is_an_error_with_its_name(tmp_path):
     (tmp_path / "file").touch()
     for name, reason in (
         ("file/out.png", "cannot be written here"),
-        ("out.gif", "must end in one of"),
+        ("out.bmp", "must end in one of"),
         ("out", "must end in one of"),
         ("x" * 300 + ".png", "cannot be written here"),
     ):

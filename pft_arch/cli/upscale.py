@@ -55,7 +55,7 @@ def add_upscale(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist (never an input)")
     parser.add_argument(
         "--format",
-        choices=("png", "jpg", "webp", "tiff"),  # images.FORMATS, without importing it
+        choices=("png", "jpg", "webp", "tiff", "gif", "exr"),  # images.FORMATS, without importing it
         help="format of the files in OUT (default: that of each input); of a single file its name decides",
     )
     add_network_options(parser)
@@ -114,13 +114,13 @@ def run_upscale(args: argparse.Namespace) -> int:
 
 def upscale_file(job: Job, model: PFTSR, args: argparse.Namespace, progress: Callable[[int, int], None]) -> None:
     """One image from file to file. Whatever can be refused is refused before the work begins."""
-    from ..images import check_size, prepare_target, read_image, write_image
+    from ..images import check_target, prepare_target, read_image, write_image
     from ..upscale import upscale
 
     prepare_target(job.target, overwrite=args.overwrite)
     picture = read_image(job.source)
     height, width, _ = picture.pixels.shape
-    check_size(job.target, width * model.config.scale, height * model.config.scale)
+    check_target(job.target, picture, width * model.config.scale, height * model.config.scale)
     pixels = upscale(picture.pixels[None], model, tile=args.tile, overlap=args.overlap, progress=progress)[0]
     write_image(replace(picture, pixels=pixels), job.target, overwrite=args.overwrite)
 
