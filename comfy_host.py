@@ -209,7 +209,7 @@ class Display:
 
     def __init__(self) -> None:
         self.bar: ProgressBar | None = None
-        self.picture: tuple[str, Any, int] | None = None
+        self.picture: tuple[str, Any, None] | None = None
         self.shown = 0.0
 
     def preview(self, picture: torch.Tensor) -> None:
@@ -220,7 +220,7 @@ class Display:
             return
         step = -(-max(picture.shape[:2]) // PREVIEW_SIDE)
         small = (picture[::step, ::step].clamp(0, 1) * 255).byte().cpu()
-        self.picture = ("JPEG", Image.fromarray(small.expand(-1, -1, 3).numpy()), PREVIEW_SIDE)
+        self.picture = ("JPEG", Image.fromarray(small.expand(-1, -1, 3).numpy()), None)
         self.shown = time.monotonic()
 
     def progress(self, done: int, total: int) -> None:

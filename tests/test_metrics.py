@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pft_arch.metrics import luma, psnr_y, ssim_y, to_8_bit
+from pft_arch.metrics import compare, luma, psnr_y, ssim_y, to_8_bit
 
 Measure = Callable[[Tensor, Tensor, int], float]
 
@@ -98,3 +98,28 @@ def test_pictures_of_another_shape_are_refused(measure: Measure, shape: tuple[in
     if shape[-1] != 3 or len(shape) != 3:
         with pytest.raises(ValueError, match=r"one shape \(H, W, 3\)"):
             measure(torch.zeros(shape), torch.zeros(shape), 0)
+
+
+def test_a_batch_is_compared_picture_by_picture(photo: Tensor) -> None:
+    noisy = (photo + 0.02 * torch.randn(photo.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    report, difference = compare(torch.cat([photo, noisy]), photo, border=2, gain=4.0)
+    lines = report.splitlines()
+    assert lines[0] == "1: PSNR inf dB, SSIM 1.0000"
+    assert lines[1] == f"2: PSNR {psnr_y(noisy[0], photo[0], 2):.2f} dB, SSIM {ssim_y(noisy[0], photo[0], 2):.4f}"
+    assert lines[2].startswith("mean: ")
+    assert difference[0].max() == 0
+    assert torch.allclose(difference[1], (4 * (noisy - photo).abs()).clamp(0, 1)[0])
+    assert compare(noisy, photo)[0].count("\n") == 0
+
+
+def test_grey_and_transparent_pictures_are_compared_by_their_colours(photo: Tensor) -> None:
+    grey, alpha = photo[..., :1], torch.rand_like(photo[..., :1])
+    assert compare(grey, grey.expand(-1, -1, -1, 3))[0].startswith("PSNR inf")
+    assert compare(torch.cat([photo, alpha], -1), photo)[0].startswith("PSNR inf")
+
+
+def test_what_cannot_be_compared_says_what_to_do(photo: Tensor) -> None:
+    with pytest.raises(ValueError, match="image has 192 x 144 pixels and reference 192 x 100"):
+        compare(photo, photo[:, :100])
+    with pytest.raises(ValueError, match="2 images and 3 references"):
+        compare(photo.expand(2, -1, -1, -1), photo.expand(3, -1, -1, -1))

@@ -10,10 +10,12 @@ import importlib.util
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from host.server import REPOSITORY, Graph, Host, Message, Run
 from hub_server import HubServer, Repo
 from pft_arch import CATALOGUE, cli, create_pft_sr, load_model, upscale
+from pft_arch.target import plan, upscale_to
 from pft_arch.weights import resolve, save_model
 
 PACK_NAME = "PFT-SR größer"  # a dash, a space and letters beyond ASCII
@@ -88,6 +91,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def host(home: Path, models: Path) -> Iterator[Host]:
+    (models / "custom_nodes" / "other").mkdir(parents=True)
+    (models / "custom_nodes" / "other" / "__init__.py").write_text(OTHER_PACK)
     arguments = (f"--extra-model-paths-config={models / 'paths.yaml'}",)
     with Host(home, models, pack_name=PACK_NAME, arguments=arguments) as running:
         yield running
@@ -155,6 +160,37 @@ def graph(model: str, image: str, *, precision: str = "auto", tile: int = 0, ove
         },
         "save": {"class_type": "SaveImage", "inputs": {"images": ["upscale", 0], "filename_prefix": "test"}},
     }
+
+
+# a pack that does as others do with an UPSCALE_MODEL, and tells what room ours asks of the host
+OTHER_PACK = """
+import logging
+from comfy import model_management
+from comfy.utils import tiled_scale
+
+load = model_management.load_models_gpu
+
+def told(models, memory_required=0, **others):
+    logging.info("room asked: %d", memory_required)
+    return load(models, memory_required=memory_required, **others)
+
+model_management.load_models_gpu = told
+
+class Tiler:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "run", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"upscale_model": ("UPSCALE_MODEL",), "image": ("IMAGE",)}}
+
+    def run(self, upscale_model, image):
+        upscale_model.to(model_management.get_torch_device())
+        pixels = image.movedim(-1, -3)
+        out = tiled_scale(pixels, upscale_model, tile_x=32, tile_y=32, overlap=8, upscale_amount=upscale_model.scale)
+        return (out.movedim(-3, -1).clamp(0, 1),)
+
+NODE_CLASS_MAPPINGS = {"OtherTiler": Tiler}
+"""
 
 
 def test_the_entry_point_can_be_imported_outside_a_host() -> None:
@@ -236,6 +272,18 @@ def test_the_core_upscale_node_takes_the_model(host: Host, models: Path, photo: 
     assert_same(run.images[0], expected(photo, file_of(models, FILES[0])))
 
 
+def test_other_packs_tilers_take_the_model(host: Host, models: Path, photo: Image.Image) -> None:
+    workflow = graph(FILES[0], host.add_input("photo.png", photo))
+    inputs = {"upscale_model": ["model", 0], "image": ["image", 0]}
+    workflow["upscale"] = {"class_type": "OtherTiler", "inputs": inputs}
+    run = host.run(workflow)
+    assert run.ending == "execution_success", run.error
+    want = expected(photo, file_of(models, FILES[0]))
+    got = np.asarray(run.images[0])
+    assert got.shape == want.shape
+    assert np.abs(got.astype(int) - want.astype(int)).mean() < 3  # its tiles are cut across the windows
+
+
 @pytest.mark.parametrize("file", ["light.safetensors", "light_wrapped.pth"])
 @pytest.mark.parametrize("upscaler", ["ImageUpscaleWithModel", "PFTSRUpscale"])
 def test_the_core_loader_opens_our_files(
@@ -275,6 +323,177 @@ def test_a_batch_in_tiles_reports_progress_to_the_end(host: Host, photo: Image.I
     assert len(run.images) == 3
     last = progress(run)[-1]
     assert last["value"] == last["max"] > 3
+    assert {picture.size for picture in run.previews} == {(90, 74)}
+    assert np.asarray(run.previews[0]).std() > 1
+
+    workflow["upscale"]["inputs"]["overlap"] = 16
+    again = host.run(workflow)
+    assert [message["data"]["node"] for message in again.messages if message["type"] == "executing"][:1] == ["upscale"]
+
+
+def test_any_size_is_reached(host: Host, models: Path, photo: Image.Image) -> None:
+    small = photo.crop((0, 0, 24, 16)).convert("RGB")
+    network = load_model(file_of(models, FILES[0]))
+    pixels = torch.from_numpy(np.asarray(small, dtype=np.float32) / 255)[None]
+    workflow = graph(FILES[0], host.add_input("small.png", small))
+    for resize, values, ensemble in (
+        ("factor", {"factor": 2.5}, False),
+        ("fill and crop", {"width": 30, "height": 30}, True),
+    ):
+        workflow["upscale"]["inputs"].update(values, resize=resize, ensemble=ensemble)
+        run = host.run(workflow)
+        assert run.ending == "execution_success", run.error
+        want = upscale_to(pixels, network, plan((16, 24), 2, resize, **values), ensemble=ensemble)
+        assert_same(run.images[0], (want[0].numpy() * 255).astype(np.uint8))
+
+    workflow["upscale"]["inputs"].update(resize="stretch", width=3000)
+    assert "Lower width or height" in host.run(workflow).error
+
+
+def test_where_the_network_looks_is_drawn(host: Host, photo: Image.Image) -> None:
+    workflow = graph("light_x2", host.add_input("photo.png", photo))
+    inputs = {"upscale_model": ["model", 0], "image": ["image", 0], "x": 0.3, "y": 1.0, "head": 0, "layout": "batch"}
+    workflow["upscale"] = {"class_type": "PFTSRAttentionMap", "inputs": inputs}
+    run = host.run(workflow)
+    assert run.ending == "execution_success", run.error
+    assert len(run.images) == 16
+    assert all(np.asarray(picture).std() > 1 for picture in run.images)
+    inputs.update(layout="sheet", head=7)
+    assert "head must be from 1 to 6" in host.run(workflow).error
+    inputs.update(head=6)
+    (sheet,) = host.run(workflow).images
+    assert sheet.width > 2 * run.images[0].width and sheet.height > 2 * run.images[0].height
+
+
+def test_two_images_are_compared(host: Host, photo: Image.Image) -> None:
+    workflow = graph("light_x2", host.add_input("photo.png", photo))
+    other = {"class_type": "LoadImage", "inputs": {"image": host.add_input("other.png", photo.rotate(180))}}
+    inputs = {"image": ["image", 0], "reference": ["other", 0], "border": 2, "gain": 4.0}
+    workflow = {"image": workflow["image"], "other": other, "compare": {"class_type": "PFTSRCompare", "inputs": inputs}}
+    run = host.run(workflow)  # nothing needs its outputs
+    assert run.ending == "execution_success", run.error
+    assert re.fullmatch(r"PSNR \d+\.\d\d dB, SSIM -?0\.\d{4}", run.outputs[0]["text"][0])
+    other["inputs"]["image"] = host.add_input("narrow.png", photo.crop((0, 0, 20, 37)))
+    assert "image has 45 x 37 pixels and reference 20 x 37" in host.run(workflow).error
+
+
+def test_after_all_was_unloaded_the_same_bytes_come_out(host: Host, photo: Image.Image) -> None:
+    workflow = graph(FILES[0], host.add_input("photo.png", photo))
+    first = host.run(workflow).images[0]
+    host.free()
+    assert host.run(workflow).images[0].tobytes() == first.tobytes()
+
+
+def test_no_more_room_is_asked_than_a_pass_may_take(host: Host, photo: Image.Image) -> None:
+    """Room that is asked for and not needed has the host unload other models. The core node asks for 2.2 GiB here."""
+    asked = len(re.findall("room asked", host.log))
+    host.run(graph(FILES[1], host.add_input("room.png", photo.rotate(180))))
+    (room,) = re.findall(r"room asked: (\d+)", host.log)[asked:]
+    assert 2**20 < int(room) < 2**26
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory as Linux tells it")
+def test_prompt_after_prompt_leaves_memory_as_the_first_did(host: Host, photo: Image.Image) -> None:
+    """Each run makes a copy of the network in another precision, 2.4 MB, which must not stay."""
+    workflow = graph(FILES[0], host.add_input("photo.png", photo), precision="fp16")
+    workflow["upscale"]["inputs"].update(precision="fp32", resize="factor")
+    memory = []
+    for number in range(20):
+        workflow["upscale"]["inputs"]["factor"] = 1.5 + number / 100
+        run = host.run(workflow)
+        assert run.ending == "execution_success", run.error
+        memory.append(host.memory())
+    assert memory[-1] - memory[4] < 8 * 2**20, memory  # 15 copies would be 36 MB
+
+
+@pytest.fixture(scope="module")
+def clip(host: Host, photo: Image.Image) -> str:
+    """The photo moving to the left, 8 frames of 0.1 s with the sound of a beep."""
+    with av.open(str(host.base / "input" / "clip.mp4"), "w") as file:
+        video, audio = file.add_stream("libx264", rate=10), file.add_stream("aac", rate=48000)
+        video.width, video.height, video.pix_fmt, video.options = 44, 36, "yuv420p", {"crf": "5"}
+        for number in range(8):
+            picture = np.roll(np.asarray(photo)[:36, :44], -number, axis=1)
+            file.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        beep = np.sin(np.arange(38400) / 20).astype(np.float32)[None]
+        sound = av.AudioFrame.from_ndarray(beep, format="fltp", layout="mono")
+        sound.sample_rate, sound.pts = 48000, 0
+        file.mux([*video.encode(None), *audio.encode(sound), *audio.encode(None)])
+    return "clip.mp4"
+
+
+def video_graph(clip: str, **inputs: Any) -> Graph:
+    """Load Video, PFT-SR Load Model, PFT-SR Upscale Video, Save Video."""
+    inputs = {"upscale_model": ["model", 0], "video": ["video", 0], "tile": 0, "overlap": 0, "quality": 10, **inputs}
+    saved = {"video": ["upscale", 0], "filename_prefix": "clip", "format": "auto", "codec": "auto"}
+    return {
+        "video": {"class_type": "LoadVideo", "inputs": {"file": clip}},
+        "model": {"class_type": "PFTSRLoadModel", "inputs": {"model": FILES[0], "precision": "auto"}},
+        "upscale": {"class_type": "PFTSRUpscaleVideo", "inputs": inputs},
+        "save": {"class_type": "SaveVideo", "inputs": saved},
+    }
+
+
+def frames_of(path: Path) -> list[tuple[float, np.ndarray[Any, Any]]]:
+    with av.open(str(path)) as file:
+        return [(float(frame.time or 0), frame.to_ndarray(format="rgb24")) for frame in file.decode(video=0)]
+
+
+def saved(host: Host, run: Run) -> Path:
+    assert run.ending == "execution_success", run.error
+    (file,) = run.outputs[0]["images"]
+    return host.base / "output" / file["subfolder"] / file["filename"]
+
+
+def test_a_video_keeps_its_frames_timing_and_sound(host: Host, models: Path, clip: str) -> None:
+    run = host.run(video_graph(clip))
+    path = saved(host, run)
+    before, after = frames_of(host.base / "input" / clip), frames_of(path)
+    assert [time for time, _ in after] == pytest.approx([time for time, _ in before])
+    for (_, small), (_, large) in list(zip(before, after, strict=True))[::7]:
+        want = expected(Image.fromarray(small), file_of(models, FILES[0]))
+        assert large.shape == want.shape
+        assert np.abs((large - want.astype(float)) @ (0.299, 0.587, 0.114)).mean() < 3  # its colour is coarser
+    with av.open(str(path)) as file:
+        sound = np.concatenate([frame.to_ndarray() for frame in file.decode(audio=0)], axis=1)
+    assert sound.shape[1] / 48000 == pytest.approx(0.8, abs=0.05)
+    assert sound.std() > 0.1
+    assert progress(run)[-1]["value"] == progress(run)[-1]["max"] == 8
+
+
+def test_a_part_of_a_video_and_one_made_of_images_are_videos_too(host: Host, clip: str, photo: Image.Image) -> None:
+    workflow = video_graph(clip, video=["part", 0])
+    if host.object_info("Video Slice"):
+        inputs = {"video": ["video", 0], "start_time": 0.3, "duration": 0.2, "strict_duration": False}
+        workflow["part"] = {"class_type": "Video Slice", "inputs": inputs}
+        assert len(frames_of(saved(host, host.run(workflow)))) == 2
+
+    workflow["image"] = {
+        "class_type": "LoadImage",
+        "inputs": {"image": host.add_input("e.png", photo.crop((0, 0, 44, 36)))},
+    }
+    workflow["images"] = {"class_type": "RepeatImageBatch", "inputs": {"image": ["image", 0], "amount": 3}}
+    workflow["part"] = {"class_type": "CreateVideo", "inputs": {"images": ["images", 0], "fps": 5.0}}
+    frames = frames_of(saved(host, host.run(workflow)))
+    assert [time for time, _ in frames] == pytest.approx([0, 0.2, 0.4])
+    assert frames[0][1].shape == (72, 88, 3)
+    workflow["image"]["inputs"]["image"] = host.add_input("odd.png", photo)
+    assert "45 x 37 pixels" in host.run(workflow).error
+
+
+def test_a_cancelled_video_leaves_no_file(host: Host, clip: str) -> None:
+    temporary = host.base / "temp"
+    before = set(temporary.rglob("*"))
+
+    def cancel(message: Message) -> None:
+        if message["type"] == "executing" and message["data"]["node"] == "upscale":
+            while set(temporary.rglob("*")) == before:  # at work from then on
+                time.sleep(0.01)
+            host.interrupt()
+
+    run = host.run(video_graph(clip, tile=16, overlap=8), on_message=cancel)
+    assert run.ending == "execution_interrupted"
+    assert set(temporary.rglob("*")) == before
 
 
 def test_a_file_replaced_under_its_name_is_loaded_anew(host: Host, models: Path, photo: Image.Image) -> None:

@@ -138,7 +138,7 @@ class Host:
 
     def object_info(self, node: str) -> dict[str, Any]:
         """The host's description of a node; empty if it has no such node."""
-        return dict(self.get(f"/object_info/{node}").get(node, {}))
+        return dict(self.get(f"/object_info/{urllib.parse.quote(node)}").get(node, {}))
 
     def options(self, node: str, widget: str) -> list[str]:
         """What a drop-down offers."""
@@ -152,6 +152,16 @@ class Host:
     def interrupt(self) -> None:
         """What the cancel button does."""
         self._request("/interrupt", {})
+
+    def free(self) -> None:
+        """What the button for unloading models and emptying the cache does; takes effect before the next run."""
+        self._request("/free", {"unload_models": True, "free_memory": True})
+
+    def memory(self) -> int:
+        """Bytes that the process holds, on Linux."""
+        assert self._process is not None
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def run(self, graph: Graph, on_message: Callable[[Message], None] | None = None) -> Run:
         """Submit a workflow in API format and wait for its end; `on_message` sees every message as it comes."""
