@@ -75,6 +75,26 @@ def attend_by(
     return join(out, window, shift, height, width), carry
 
 
+def dense_layer(
+    qkv: Tensor,
+    table: Tensor,
+    carry: DenseCarry | None,
+    *,
+    heads: int,
+    window: int,
+    shift: int,
+    keep: int,
+    dropout: float,
+) -> tuple[Tensor | None, DenseCarry]:
+    """A layer of a chain that is dense so far: its output, None where dense attention does not pay, and the chain."""
+    height, width = qkv.shape[1:3]
+    q, k, v = split(qkv, heads, window, shift)
+    layer = concatenate(q, k, table, carry, height, width, window, shift)
+    if keep < window * window or not dense_pays(layer):
+        return None, layer
+    return join(dense_attention(layer, v, window, dropout), window, shift, height, width), layer
+
+
 def split(qkv: Tensor, heads: int, window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, H, W, 3C) -> q, scaled, and k, v, each (B * windows, heads, n, d)."""
     q, k, v = rearrange(to_windows(qkv, window, shift), "b n (three h d) -> three b h n d", three=3, h=heads)

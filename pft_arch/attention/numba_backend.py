@@ -1,8 +1,10 @@
 """The attention chain on a CPU as one compiled kernel per layer, in the log domain (see `chain`). Needs numba.
 
-A query's whole row of scores stays in the first-level cache: computing all of it is cheaper than gathering keys for
-every k down to 32. The bias needs no n x n table: its row for query i and key j is base[i] - offset[j]. The cut bisects
-on the bits of the logits, which for values of one sign order like integers, instead of sorting them.
+The kernel reads queries, keys and values where they lie in the image and writes its output there, so windows, shifts
+and heads cost no copies; the keys and values of one window and head fit in the second-level cache. Scores of kept
+entries are gathered dot products; before the first cut, those of four queries at a time are products of matrices whose
+rows stay in the first-level cache. The bias needs no n x n table: query i and key j find it at start[i] + offset[j].
+The cut is a search for the smallest logit kept: no sorting. A chain keeps one buffer from its first cut to its end.
 
 For inference in float32; everything else (gradients, other dtypes and devices, dropout) is the torch backend's.
 """
@@ -11,22 +13,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as nnf
 from numba import njit
 from torch import Tensor
 
 from . import torch_backend
-from .chain import FlatCarry, attend_by
-from .fastmath import exp_negative, float_to_bits
+from .chain import DenseCarry, dense_layer
+from .fastmath import LANES, add, exp_negative, bits_to_float, float_to_bits, load, multiply_add, store, total, zeros
 
 F, I = np.float32, np.int32  # noqa: E741
-LANES = 16  # channels of v are padded to a multiple: the inner product loop then runs in whole vectors
-CHANNELS = 4  # of queries and keys in one pass over the score row, padded likewise
+ROWS = 4  # queries that share a pass over the keys
+PARTS_PER_THREAD = 4  # so that threads end at about the same time
+
+
+@dataclass(frozen=True)
+class RowCarry:
+    """Logits minus their row's maximum, and int16 indices, None where nothing is cut: (B * windows * heads, n, room),
+    of which the first `kept` entries of a row hold. The next layer writes into the same memory."""
+
+    logits: Tensor
+    indices: Tensor | None
+    kept: int
 
 
 def attend(
@@ -41,185 +53,247 @@ def attend(
     dropout: float = 0.0,
 ) -> tuple[Tensor, Any]:
     """See the package's docstring for arguments and result."""
-    options: dict[str, Any] = {
-        "heads": heads,
-        "window": window,
-        "shift": shift,
-        "keep": keep,
-        "dropout": dropout,
-    }
+    options: dict[str, Any] = {"heads": heads, "window": window, "shift": shift, "keep": keep, "dropout": dropout}
     fits = qkv.device.type == "cpu" and qkv.dtype == torch.float32 and not dropout
     if not fits or (torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)):
         return torch_backend.attend(qkv, table, carry, **options)
-    return attend_by(_layer, qkv, table, carry, **options)
+    if isinstance(carry, RowCarry):
+        return _layer(qkv, None, table, carry, heads, window, shift, keep)
+    out, layer = dense_layer(qkv, table, carry, **options)
+    if out is not None:
+        return out, layer
+    return _layer(qkv, layer, layer.table, None, heads, window, shift, keep)
 
 
 def _layer(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
+    dense: DenseCarry | None,
     table: Tensor,
-    carry: FlatCarry | None,
+    carry: RowCarry | None,
+    heads: int,
     window: int,
+    shift: int,
     keep: int,
-    dropout: float,  # always 0 here
-) -> tuple[Tensor, FlatCarry]:
-    """See `chain.attend_by`."""
-    windows, heads, n, d = v.shape
-    flat = windows * heads
-    padded = torch.zeros(flat, n, -(-d // LANES) * LANES)
-    padded[..., :d] = v.reshape(flat, n, d)
-    out = torch.empty_like(padded)
-    new = FlatCarry(torch.empty(flat, n, keep), torch.empty(flat, n, keep, dtype=torch.int16) if keep < n else None)
-    old = carry or FlatCarry(torch.empty(0, 0, 0), None)
-    no_indices = torch.empty(0, 0, 0, dtype=torch.int16)  # a kernel's arguments have one type
-    base, offset = _offsets(window)
-    q, k = (nnf.pad(x, (0, -x.shape[-1] % CHANNELS)).flatten(0, 1) for x in (q, k))
-    arrays = [
-        x.detach().contiguous().numpy()
-        for x in (q, k.mT, padded, old.logits, no_indices if old.indices is None else old.indices, table.T)
-    ]
-    results = [x.numpy() for x in (out, new.logits, no_indices if new.indices is None else new.indices)]
+) -> tuple[Tensor, RowCarry]:
+    """One layer with a map: of the chain so far, either `dense` with this layer's queries and keys, or a carry."""
+    batch, height, width, channels = qkv.shape
+    n = window * window
+    flat = batch * height * width // n * heads
+    out = qkv.new_empty(batch, height, width, channels // 3)
+    logits = carry.logits if carry else qkv.new_empty(flat, n, keep)
+    indices = carry.indices if carry else None
+    has_index, kept = indices is not None, carry.kept if carry else n
+    if indices is None and keep < n:
+        indices = torch.empty(flat, n, keep, dtype=torch.int16)
 
-    def work(part: int, parts: int) -> None:
-        first, last = flat * part // parts, flat * (part + 1) // parts
-        _kernel(*arrays, base, offset, keep, first, last, *results)
+    nothing = torch.empty(0)
+    tensors = (
+        qkv, dense.q if dense else nothing, dense.k if dense else nothing, table.T.flip(1),
+        out, logits, nothing.short() if indices is None else indices,
+    )  # fmt: skip
+    arrays = [x.detach().contiguous().view(-1).numpy() for x in tensors]
+    numbers = (
+        height, width, heads, channels // (3 * heads), dense.q.shape[-1] if dense else 0, window, shift,
+        kept, keep, logits.shape[2], 0 if indices is None else indices.shape[2],
+    )  # fmt: skip
+    options = (*_places(window), numbers, carry is not None, has_index)
+    in_threads(lambda first, last: _kernel(*arrays, *options, first, last), flat)
+    return out, RowCarry(logits, indices, keep)
 
-    in_threads(work)
-    return out[..., :d].unflatten(0, (windows, heads)), new
 
+def in_threads(work: Callable[[int, int], None], count: int) -> None:
+    """Run work(first, last) until all of range(count) is done, on as many threads as torch has.
 
-def in_threads(work: Callable[[int, int], None]) -> None:
-    """Run work(part, parts) for every part, as many as torch has threads. The kernels release the GIL."""
-    parts = torch.get_num_threads()
-    if parts == 1:
-        work(0, 1)
+    The kernels release the GIL.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        work(0, count)
         return
-    with ThreadPoolExecutor(parts) as pool:
-        list(pool.map(work, range(parts), [parts] * parts))
+    parts = min(count, threads * PARTS_PER_THREAD)
+    edges = [count * part // parts for part in range(parts + 1)]
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, edges[:-1], edges[1:]))
 
 
 @lru_cache(maxsize=4)
-def _offsets(window: int) -> tuple[Any, Any]:
-    """base of queries and offset of keys, each (n,), whose difference is the row in the bias table."""
+def _places(window: int) -> tuple[Any, Any]:
+    """start of queries and offset of keys, each (n,), whose sum is the row in the bias table read backwards."""
     y, x = np.divmod(np.arange(window * window), window)
     span = 2 * window - 1
-    return (y + window - 1) * span + x + window - 1, y * span + x
+    return (window - 1 - y) * span + window - 1 - x, y * span + x
 
 
 @njit(fastmath=True, cache=True, nogil=True)
-def _kernel(q, k_t, v, carry, index, table, base, offset, keep, first, last, out, new_carry, new_index):  # type: ignore[no-untyped-def]
-    """Window-heads first to last of one layer.
+def _kernel(  # type: ignore[no-untyped-def]
+    qkv, dense_q, dense_k, table, out, carry, index, start, offset, numbers, has_carry, has_index, first, last
+):
+    """Windows and heads `first` to `last` of one layer. Arrays are contiguous and flat.
 
-    q (B, n, d) scaled; k_t (B, d, n); v (B, n, lanes); carry, index (B, n, k), empty where the chain is dense;
-    table (heads or 1, (2w-1)^2). Writes out like v, new_carry and new_index (B, n, keep), the latter unless dense.
+    qkv (B, H, W, 3C); dense_q, dense_k (windows * heads, n, depth) or empty: then the image's own queries and keys are
+    taken; table (heads or 1, (2w-1)^2), read backwards. Writes out (B, H, W, C) and, in place, carry (.., n, room)
+    and index (.., n, index_room), of which `kept` entries a row hold before and `keep` after.
     """
-    _, n, d = q.shape
-    heads = table.shape[0]
-    lanes = v.shape[2]
-    has_carry, has_index = carry.shape[0] > 0, index.shape[0] > 0
-    k = carry.shape[2] if has_carry else n
-    score = np.empty(n, F)
-    logit, weight = np.empty(k, F), np.empty(k, F)
-    size = np.empty(k, I)
-    chosen = np.empty(k, np.int16)
-    even, odd = np.empty(lanes, F), np.empty(lanes, F)
-    for b in range(first, last):
-        bias = table[b % heads]
-        for i in range(n):
-            for j in range(n):
-                score[j] = F(0)
-            for c in range(0, d, CHANNELS):
-                q0, q1, q2, q3 = q[b, i, c], q[b, i, c + 1], q[b, i, c + 2], q[b, i, c + 3]
-                for j in range(n):
-                    score[j] += (
-                        q0 * k_t[b, c, j] + q1 * k_t[b, c + 1, j] + q2 * k_t[b, c + 2, j] + q3 * k_t[b, c + 3, j]
-                    )
+    height, width, heads, d, depth, window, shift, kept, keep, room, index_room = numbers
+    n, span, channels = window * window, 2 * window - 1, heads * d
+    tables = table.size // (span * span)
+    wide = -(-d // LANES) * LANES
+    padded = -(-n // LANES) * LANES
+    dense = depth > 0
+    if not dense:
+        depth = wide if has_index else d
+    scale = F(1 / np.sqrt(d))
 
-            # logits of the entries still kept
-            if has_index:
-                for t in range(k):
-                    j = np.int64(index[b, i, t])
-                    logit[t] = carry[b, i, t] + score[j] + bias[base[i] - offset[j]]
+    pixel = np.empty(n, np.int64)
+    query, key = np.zeros((n + ROWS) * depth, F), np.zeros(padded * depth, F)
+    value = np.zeros(n * wide, F)
+    score = np.empty(ROWS * padded, F)
+    logit, weight, size = np.empty(kept, F), np.empty(kept, F), np.empty(kept, I)
+    place = np.arange(n).astype(np.int16)
+    chosen = np.empty(kept + 1, np.int16)
+    share, target = weight, place
+    if keep < kept:
+        share, target = np.empty(keep, F), np.empty(keep, np.int16)
+    product = np.empty(wide, F)
+    for b in range(first, last):
+        # queries, keys and values of the window, from the image
+        head, window_number = b % heads, b // heads
+        column = window_number % (width // window) * window + shift
+        row = window_number // (width // window) * window  # of all images, one below the other
+        image = row // height * height
+        for t in range(n):
+            y, x = image + (row - image + t // window + shift) % height, (column + t % window) % width
+            pixel[t] = y * width + x
+            source = pixel[t] * 3 * channels + head * d
+            for c in range(d):
+                value[t * wide + c] = qkv[source + 2 * channels + c]
+            panel = t // LANES * LANES * depth + t % LANES
+            if dense:
+                for c in range(depth):
+                    query[t * depth + c] = dense_q[(b * n + t) * depth + c]
+                    key[panel + c * LANES] = dense_k[(b * n + t) * depth + c]
+            elif has_index:
+                for c in range(d):
+                    query[t * depth + c] = qkv[source + c] * scale
+                    key[t * depth + c] = qkv[source + channels + c]
             else:
-                for j in range(n):
-                    logit[j] = score[j] + bias[base[i] - offset[j]]
+                for c in range(d):
+                    query[t * depth + c] = qkv[source + c] * scale
+                    key[panel + c * LANES] = qkv[source + channels + c]
+
+        for i in range(n):
+            # logits of the entries still kept
+            held, listed = (b * n + i) * room, (b * n + i) * index_room
+            bias = b % tables * span * span + start[i]
+            if has_index:
+                for t in range(kept):
+                    j = np.int64(index[listed + t])
+                    place[t] = j
+                    dot = multiply_add(load(query, i * depth), load(key, j * depth), zeros())
+                    for c in range(LANES, depth, LANES):
+                        dot = multiply_add(load(query, i * depth + c), load(key, j * depth + c), dot)
+                    logit[t] = carry[held + t] + total(dot) + table[bias + offset[j]]
+            else:
+                if i % ROWS == 0:
+                    _score_rows(query, key, i, depth, padded, score)
+                for y in range(window):
+                    for x in range(window):
+                        t = y * window + x
+                        logit[t] = score[i % ROWS * padded + t] + table[bias + y * span + x]
                 if has_carry:
-                    for j in range(n):
-                        logit[j] += carry[b, i, j]
+                    for t in range(n):
+                        logit[t] += carry[held + t]
 
             # softmax, not yet divided
             top = logit[0]
-            for t in range(k):
+            for t in range(kept):
                 top = max(top, logit[t])
-            total = F(0)
-            for t in range(k):
+            norm = F(0)
+            for t in range(kept):
                 logit[t] -= top
                 weight[t] = exp_negative(logit[t])
-                total += weight[t]
+                norm += weight[t]
 
             # cut
-            count = _keep_largest(logit, weight, size, chosen, keep) if keep < k else k
-            for t in range(count):
-                new_carry[b, i, t] = logit[t]
-            if has_index:
-                for t in range(count):
-                    new_index[b, i, t] = index[b, i, chosen[t]] if keep < k else index[b, i, t]
-            elif keep < k:
-                for t in range(count):
-                    new_index[b, i, t] = chosen[t]
+            if keep < kept:
+                _choose_largest(logit, size, keep, chosen)
+                for t in range(keep):
+                    c = np.int64(chosen[t])
+                    share[t], target[t] = weight[c], place[c]
+                    carry[held + t], index[listed + t] = logit[c], place[c]
+            else:
+                for t in range(keep):
+                    carry[held + t] = logit[t]
 
             # product with v, two entries at a time so that additions do not wait for each other
-            even[:] = F(0)
-            odd[:] = F(0)
-            for t in range(0, count - 1, 2):
-                j0, j1 = t, t + 1
-                if has_index or keep < k:
-                    j0, j1 = np.int64(new_index[b, i, t]), np.int64(new_index[b, i, t + 1])
-                w0, w1 = weight[t], weight[t + 1]
-                for c in range(lanes):
-                    even[c] += w0 * v[b, j0, c]
-                    odd[c] += w1 * v[b, j1, c]
-            if count % 2:
-                j0 = count - 1
-                if has_index or keep < k:
-                    j0 = np.int64(new_index[b, i, count - 1])
-                for c in range(lanes):
-                    even[c] += weight[count - 1] * v[b, j0, c]
-            for c in range(lanes):
-                out[b, i, c] = (even[c] + odd[c]) / total
+            to = pixel[i] * channels + head * d
+            for c in range(0, wide, LANES):
+                even, odd = zeros(), zeros()
+                for t in range(0, keep - 1, 2):
+                    even = multiply_add(load(value, np.int64(target[t]) * wide + c), share[t], even)
+                    odd = multiply_add(load(value, np.int64(target[t + 1]) * wide + c), share[t + 1], odd)
+                if keep % 2:
+                    even = multiply_add(load(value, np.int64(target[keep - 1]) * wide + c), share[keep - 1], even)
+                store(product, c, add(even, odd))
+            for c in range(d):
+                out[to + c] = product[c] / norm
 
 
-@njit(fastmath=True, inline="always")
-def _keep_largest(logit, weight, size, chosen, keep):  # type: ignore[no-untyped-def]
-    """Move the `keep` largest logits (all <= 0), their weights and places to the front; returns keep.
+@njit(fastmath=True)
+def _score_rows(query, key, i, depth, padded, score):  # type: ignore[no-untyped-def]
+    """score (ROWS, padded) of queries i to i + ROWS; key (padded / LANES, depth, LANES)."""
+    for j in range(0, padded, LANES):
+        s0, s1, s2, s3 = zeros(), zeros(), zeros(), zeros()
+        for c in range(depth):
+            keys, q = load(key, j * depth + c * LANES), i * depth + c
+            s0 = multiply_add(keys, query[q], s0)
+            s1 = multiply_add(keys, query[q + depth], s1)
+            s2 = multiply_add(keys, query[q + 2 * depth], s2)
+            s3 = multiply_add(keys, query[q + 3 * depth], s3)
+        store(score, j, s0)
+        store(score, padded + j, s1)
+        store(score, 2 * padded + j, s2)
+        store(score, 3 * padded + j, s3)
 
-    The bits of their magnitude, read as integers, order them: bisect for the keep-th smallest.
+
+@njit(fastmath=True)
+def _choose_largest(logit, size, keep, chosen):  # type: ignore[no-untyped-def]
+    """Places of the `keep` largest logits, all <= 0, into `chosen`.
+
+    The bits of their magnitudes, read as integers, order them. The search for a bound that `keep` of them stay within
+    interpolates twice, then bisects once, so that no distribution takes it long.
     """
-    k = logit.shape[0]
+    k = logit.size
+    high = I(0)
     for t in range(k):
         size[t] = float_to_bits(max(F(0), -logit[t]))
-    low, high = I(0), I(0x7F7FFFFF)
-    while low < high:
+        high = max(high, size[t])
+    low, below, within = I(0), I(0), I(k)  # sizes less than low, sizes up to high
+    step = 0
+    while low < high and within > keep:
+        step += 1
         middle = I(low + ((high - low) >> I(1)))
+        if step % 3:
+            smallest, largest = bits_to_float(low), bits_to_float(high)
+            part = F(keep - below) / F(within - below)
+            middle = min(max(float_to_bits(smallest + (largest - smallest) * part), low), I(high - I(1)))
         count = I(0)
         for t in range(k):
             count += I(size[t] <= middle)
         if count >= keep:
-            high = middle
+            high, within = middle, count
         else:
-            low = I(middle + I(1))
-    below = I(0)
+            low, below = I(middle + I(1)), count
+
+    # sizes less than high, and of those equal to it as many as there is room for
+    bound = I(high + I(within == keep))
+    o = 0
     for t in range(k):
-        below += I(size[t] < low)
-    ties = keep - below
-    o = np.int64(0)
+        chosen[o] = t
+        o += size[t] < bound
     for t in range(k):
-        taken = size[t] < low
-        if size[t] == low and ties > 0:
-            ties -= 1
-            taken = True
-        if taken:
-            logit[o], weight[o], chosen[o] = logit[t], weight[t], t
+        if o == keep:
+            break
+        if size[t] == bound:
+            chosen[o] = t
             o += 1
-    return o
