@@ -64,15 +64,16 @@ def attend_by(
     map_layer(q, k, v, table, carry, window, keep, dropout) -> (out like v, carry): q, k (windows, heads, n, any width),
     q scaled, v (windows, heads, n, d); carry None or what it returned for the layer before.
     """
-    height, width = qkv.shape[1:3]
-    q, k, v = split(qkv, heads, window, shift)
     if carry is None or isinstance(carry, DenseCarry):
-        layer = concatenate(q, k, table, carry, height, width, window, shift)
-        if keep == window * window and dense_pays(layer):
-            return join(dense_attention(layer, v, window, dropout), window, shift, height, width), layer
+        out, layer = dense_layer(qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout)
+        if out is not None:
+            return out, layer
         q, k, table, carry = layer.q, layer.k, layer.table, None
+        _, _, v = split(qkv, heads, window, shift)
+    else:
+        q, k, v = split(qkv, heads, window, shift)
     out, carry = map_layer(q, k, v, table, carry, window, keep, dropout)
-    return join(out, window, shift, height, width), carry
+    return join(out, window, shift, *qkv.shape[1:3]), carry
 
 
 def dense_layer(

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from . import torch_backend
 from .chain import DenseCarry, dense_layer
-from .fastmath import LANES, add, exp_negative, bits_to_float, float_to_bits, load, multiply_add, store, total, zeros
+from .fastmath import LANES, add, bits_to_float, exp_negative, float_to_bits, load, multiply_add, store, total, zeros
 
 F, I = np.float32, np.int32  # noqa: E741
 ROWS = 4  # queries that share a pass over the keys
@@ -78,27 +77,30 @@ def _layer(
     """One layer with a map: of the chain so far, either `dense` with this layer's queries and keys, or a carry."""
     batch, height, width, channels = qkv.shape
     n = window * window
-    flat = batch * height * width // n * heads
-    out = qkv.new_empty(batch, height, width, channels // 3)
-    logits = carry.logits if carry else qkv.new_empty(flat, n, keep)
+    parts = batch * height * width // n * heads
+    tokens = qkv.view(-1, 3, heads, channels // (3 * heads))
+    out = torch.empty_like(tokens[:, 0])
+    logits = carry.logits if carry else torch.empty(parts * n, keep)
     indices = carry.indices if carry else None
     has_index, kept = indices is not None, carry.kept if carry else n
     if indices is None and keep < n:
-        indices = torch.empty(flat, n, keep, dtype=torch.int16)
+        indices = torch.empty(parts * n, keep, dtype=torch.int16)
 
-    nothing = torch.empty(0)
+    # a kernel's arguments have one type whether they are there or not
+    nothing = torch.empty(0, 0)
     tensors = (
-        qkv, dense.q if dense else nothing, dense.k if dense else nothing, table.T.flip(1),
-        out, logits, nothing.short() if indices is None else indices,
-    )  # fmt: skip
-    arrays = [x.detach().contiguous().view(-1).numpy() for x in tensors]
-    numbers = (
-        height, width, heads, channels // (3 * heads), dense.q.shape[-1] if dense else 0, window, shift,
-        kept, keep, logits.shape[2], 0 if indices is None else indices.shape[2],
-    )  # fmt: skip
-    options = (*_places(window), numbers, carry is not None, has_index)
-    in_threads(lambda first, last: _kernel(*arrays, *options, first, last), flat)
-    return out, RowCarry(logits, indices, keep)
+        tokens,
+        dense.q.flatten(0, 2) if dense else nothing,
+        dense.k.flatten(0, 2) if dense else nothing,
+        _bias_rows(table, window),
+        out,
+        logits,
+        nothing.short() if indices is None else indices,
+    )
+    arrays = [x.detach().contiguous().numpy() for x in tensors]
+    options = (height, width, window, shift, kept, keep, carry is not None, has_index)
+    in_threads(lambda first, last: _kernel(*arrays, *options, first, last), parts)
+    return out.view(batch, height, width, channels // 3), RowCarry(logits, indices, keep)
 
 
 def in_threads(work: Callable[[int, int], None], count: int) -> None:
@@ -116,93 +118,84 @@ def in_threads(work: Callable[[int, int], None], count: int) -> None:
         list(pool.map(work, edges[:-1], edges[1:]))
 
 
-@lru_cache(maxsize=4)
-def _places(window: int) -> tuple[Any, Any]:
-    """start of queries and offset of keys, each (n,), whose sum is the row in the bias table read backwards."""
-    y, x = np.divmod(np.arange(window * window), window)
-    span = 2 * window - 1
-    return (window - 1 - y) * span + window - 1 - x, y * span + x
+def _bias_rows(table: Tensor, window: int) -> Tensor:
+    """((2w-1)^2, columns) table -> (columns, w, (2w-1) * w): the bias of query (y, x) with all keys is the n numbers of
+    row x from (w-1-y) * w on."""
+    square = table.T.reshape(-1, 2 * window - 1, 2 * window - 1).flip(1, 2)
+    return square.unfold(2, window, 1).permute(0, 2, 1, 3).flip(1).flatten(2)
 
 
-@njit(fastmath=True, cache=True, nogil=True)
+@njit(fastmath=True, cache=True, nogil=True, error_model="numpy")
 def _kernel(  # type: ignore[no-untyped-def]
-    qkv, dense_q, dense_k, table, out, carry, index, start, offset, numbers, has_carry, has_index, first, last
-):
-    """Windows and heads `first` to `last` of one layer. Arrays are contiguous and flat.
+    qkv, dense_q, dense_k, biases, out, carry, index,
+    height, width, window, shift, kept, keep, has_carry, has_index, first, last,
+):  # fmt: skip
+    """Windows and heads `first` to `last` of one layer; row r of a map is query r % n of window and head r // n.
 
-    qkv (B, H, W, 3C); dense_q, dense_k (windows * heads, n, depth) or empty: then the image's own queries and keys are
-    taken; table (heads or 1, (2w-1)^2), read backwards. Writes out (B, H, W, C) and, in place, carry (.., n, room)
-    and index (.., n, index_room), of which `kept` entries a row hold before and `keep` after.
+    qkv (B * H * W, 3, heads, d); dense_q, dense_k (rows, depth), or empty: then the image's own queries and keys are
+    taken; biases as of `_bias_rows`. Writes out (B * H * W, heads, d) and, in place, carry and index (rows, ..), of
+    which `kept` entries a row hold before and `keep` after.
     """
-    height, width, heads, d, depth, window, shift, kept, keep, room, index_room = numbers
-    n, span, channels = window * window, 2 * window - 1, heads * d
-    tables = table.size // (span * span)
-    wide = -(-d // LANES) * LANES
-    padded = -(-n // LANES) * LANES
+    _, _, heads, d = qkv.shape
+    n = window * window
+    depth, wide = dense_q.shape[1], _padded(d)
     dense = depth > 0
     if not dense:
         depth = wide if has_index else d
     scale = F(1 / np.sqrt(d))
 
     pixel = np.empty(n, np.int64)
-    query, key = np.zeros((n + ROWS) * depth, F), np.zeros(padded * depth, F)
-    value = np.zeros(n * wide, F)
-    score = np.empty(ROWS * padded, F)
+    query, key, value = np.zeros((n + ROWS) * depth, F), np.zeros(_padded(n) * depth, F), np.zeros(n * wide, F)
+    scores = np.empty((ROWS, _padded(n)), F)
     logit, weight, size = np.empty(kept, F), np.empty(kept, F), np.empty(kept, I)
-    place = np.arange(n).astype(np.int16)
-    chosen = np.empty(kept + 1, np.int16)
+    place, chosen = np.arange(n).astype(np.int16), np.empty(kept + 1, np.int16)
     share, target = weight, place
     if keep < kept:
         share, target = np.empty(keep, F), np.empty(keep, np.int16)
     product = np.empty(wide, F)
     for b in range(first, last):
-        # queries, keys and values of the window, from the image
-        head, window_number = b % heads, b // heads
-        column = window_number % (width // window) * window + shift
-        row = window_number // (width // window) * window  # of all images, one below the other
-        image = row // height * height
+        head = b % heads
+        if b == first or head == 0:
+            _find_pixels(b // heads, height, width, window, shift, pixel)
         for t in range(n):
-            y, x = image + (row - image + t // window + shift) % height, (column + t % window) % width
-            pixel[t] = y * width + x
-            source = pixel[t] * 3 * channels + head * d
+            p = pixel[t]
             for c in range(d):
-                value[t * wide + c] = qkv[source + 2 * channels + c]
-            panel = t // LANES * LANES * depth + t % LANES
-            if dense:
-                for c in range(depth):
-                    query[t * depth + c] = dense_q[(b * n + t) * depth + c]
-                    key[panel + c * LANES] = dense_k[(b * n + t) * depth + c]
-            elif has_index:
+                value[t * wide + c] = qkv[p, 2, head, c]
+            panel = t // LANES * LANES * depth + t % LANES  # keys lie as (n / LANES, depth, LANES) for _score
+            if has_index:
                 for c in range(d):
-                    query[t * depth + c] = qkv[source + c] * scale
-                    key[t * depth + c] = qkv[source + channels + c]
+                    query[t * depth + c] = qkv[p, 0, head, c] * scale
+                    key[t * depth + c] = qkv[p, 1, head, c]
+            elif dense:
+                for c in range(depth):
+                    query[t * depth + c] = dense_q[b * n + t, c]
+                    key[panel + c * LANES] = dense_k[b * n + t, c]
             else:
                 for c in range(d):
-                    query[t * depth + c] = qkv[source + c] * scale
-                    key[panel + c * LANES] = qkv[source + channels + c]
+                    query[t * depth + c] = qkv[p, 0, head, c] * scale
+                    key[panel + c * LANES] = qkv[p, 1, head, c]
 
         for i in range(n):
+            r = b * n + i
+            bias = biases[head % biases.shape[0], i % window, (window - 1 - i // window) * window :]
+
             # logits of the entries still kept
-            held, listed = (b * n + i) * room, (b * n + i) * index_room
-            bias = b % tables * span * span + start[i]
             if has_index:
                 for t in range(kept):
-                    j = np.int64(index[listed + t])
+                    j = np.int64(index[r, t])
                     place[t] = j
                     dot = multiply_add(load(query, i * depth), load(key, j * depth), zeros())
                     for c in range(LANES, depth, LANES):
                         dot = multiply_add(load(query, i * depth + c), load(key, j * depth + c), dot)
-                    logit[t] = carry[held + t] + total(dot) + table[bias + offset[j]]
+                    logit[t] = carry[r, t] + total(dot) + bias[j]
             else:
                 if i % ROWS == 0:
-                    _score_rows(query, key, i, depth, padded, score)
-                for y in range(window):
-                    for x in range(window):
-                        t = y * window + x
-                        logit[t] = score[i % ROWS * padded + t] + table[bias + y * span + x]
+                    _score(query, key, i, depth, scores)
+                for t in range(n):
+                    logit[t] = scores[i % ROWS, t] + bias[t]
                 if has_carry:
                     for t in range(n):
-                        logit[t] += carry[held + t]
+                        logit[t] += carry[r, t]
 
             # softmax, not yet divided
             top = logit[0]
@@ -220,13 +213,12 @@ def _kernel(  # type: ignore[no-untyped-def]
                 for t in range(keep):
                     c = np.int64(chosen[t])
                     share[t], target[t] = weight[c], place[c]
-                    carry[held + t], index[listed + t] = logit[c], place[c]
+                    carry[r, t], index[r, t] = logit[c], place[c]
             else:
                 for t in range(keep):
-                    carry[held + t] = logit[t]
+                    carry[r, t] = logit[t]
 
             # product with v, two entries at a time so that additions do not wait for each other
-            to = pixel[i] * channels + head * d
             for c in range(0, wide, LANES):
                 even, odd = zeros(), zeros()
                 for t in range(0, keep - 1, 2):
@@ -236,12 +228,29 @@ def _kernel(  # type: ignore[no-untyped-def]
                     even = multiply_add(load(value, np.int64(target[keep - 1]) * wide + c), share[keep - 1], even)
                 store(product, c, add(even, odd))
             for c in range(d):
-                out[to + c] = product[c] / norm
+                out[pixel[i], head, c] = product[c] / norm
 
 
-@njit(fastmath=True)
-def _score_rows(query, key, i, depth, padded, score):  # type: ignore[no-untyped-def]
-    """score (ROWS, padded) of queries i to i + ROWS; key (padded / LANES, depth, LANES)."""
+@njit(error_model="numpy")
+def _padded(count):  # type: ignore[no-untyped-def]
+    return -(-count // LANES) * LANES
+
+
+@njit(error_model="numpy")
+def _find_pixels(number, height, width, window, shift, pixel):  # type: ignore[no-untyped-def]
+    """pixel (n,): of each token of a window the row in (B * H * W), the image rolled up and left by `shift`."""
+    row = number // (width // window) * window
+    top, column = row // height * height, number % (width // window) * window
+    for t in range(window * window):
+        y, x = top + (row - top + t // window + shift) % height, (column + t % window + shift) % width
+        pixel[t] = y * width + x
+
+
+@njit(fastmath=True, error_model="numpy")
+def _score(query, key, i, depth, scores):  # type: ignore[no-untyped-def]
+    """scores (ROWS, n padded) of queries i to i + ROWS (rows of depth) and keys (n padded / LANES, depth, LANES)."""
+    padded = scores.shape[1]
+    flat = scores.reshape(-1)
     for j in range(0, padded, LANES):
         s0, s1, s2, s3 = zeros(), zeros(), zeros(), zeros()
         for c in range(depth):
@@ -250,13 +259,13 @@ def _score_rows(query, key, i, depth, padded, score):  # type: ignore[no-untyped
             s1 = multiply_add(keys, query[q + depth], s1)
             s2 = multiply_add(keys, query[q + 2 * depth], s2)
             s3 = multiply_add(keys, query[q + 3 * depth], s3)
-        store(score, j, s0)
-        store(score, padded + j, s1)
-        store(score, 2 * padded + j, s2)
-        store(score, 3 * padded + j, s3)
+        store(flat, j, s0)
+        store(flat, padded + j, s1)
+        store(flat, 2 * padded + j, s2)
+        store(flat, 3 * padded + j, s3)
 
 
-@njit(fastmath=True)
+@njit(fastmath=True, error_model="numpy")
 def _choose_largest(logit, size, keep, chosen):  # type: ignore[no-untyped-def]
     """Places of the `keep` largest logits, all <= 0, into `chosen`.
 
