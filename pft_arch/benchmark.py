@@ -71,9 +71,6 @@ class Contender:
         """Whether it runs in half precision; the published CUDA extension takes float32 only."""
         return self.code != "published"
 
-    def __str__(self) -> str:
-        return f"{self.network} ({self.backend or self.code})"
-
 
 @dataclass
 class Result:
@@ -342,7 +339,9 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
