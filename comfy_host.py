@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 OWN_FOLDER = "pft_sr"
 FOLDERS = (OWN_FOLDER, "upscale_models")  # under the host's models; a choice outside the catalogue is "folder/file"
-TYPICAL_SIDE = 512  # pixels of an image's side that the host is asked to make room for where the tile is automatic
+ROOM_SIDE = 256  # of an automatic tile that other models are unloaded for; larger ones are hardly faster, and free
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 AS_LOADED = "as loaded"
 PREVIEW_SIDE, PREVIEW_SECONDS = 512, 0.4  # longer side of the live preview, and the time between two
@@ -115,7 +115,7 @@ def download_progress() -> Callable[[int, int], None]:
     bars: list[ProgressBar] = []  # made with the first report: a bar before it would clear another node's
 
     def progress(done: int, total: int) -> None:
-        model_management.throw_exception_if_processing_interrupted()
+        check_cancel()
         if not bars:
             bars.append(ProgressBar(total))
         bars[0].update_absolute(done, total)
@@ -204,6 +204,11 @@ def check_host_memory(needed: float) -> None:
         )
 
 
+def check_cancel() -> None:
+    """Raises what the host stops a node by, if the user has cancelled."""
+    model_management.throw_exception_if_processing_interrupted()
+
+
 class Display:
     """What a node shows while it works: its progress, and now and then the picture so far."""
 
@@ -224,6 +229,7 @@ class Display:
         self.shown = time.monotonic()
 
     def progress(self, done: int, total: int) -> None:
+        check_cancel()
         self.bar = self.bar or ProgressBar(total)
         self.bar.update_absolute(done, total, self.picture)
         self.picture = None
@@ -239,20 +245,19 @@ def make_patcher(network: PFTSR) -> Any:
     )
 
 
-def bring_to_device(model: ImageModelDescriptor[PFTSR], height: int, width: int, tile: int) -> None:
-    """Let the host make room and load the network, and see to it that every weight has arrived."""
+def bring_to_device(model: ImageModelDescriptor[PFTSR], room: float) -> None:
+    """Let the host make room, in bytes, and load the network, and see to it that every weight has arrived."""
     if getattr(model, "patcher", None) is None:  # loaded by a host before 0.28
         model.patcher = make_patcher(model.model)
-    room = memory_required(model.model, height, width, tile)
     model_management.load_models_gpu([model.patcher], memory_required=room, force_full_load=True)
     model.model.to(model.patcher.load_device)
 
 
-def memory_required(network: PFTSR, height: int, width: int, tile: int) -> float:
+def tile_room(network: PFTSR, height: int, width: int, tile: int) -> float:
     """Bytes worth unloading other models for. With more the tiles grow, with less they shrink; both work."""
     from .pft_arch.upscale import bytes_per_pixel
 
-    side = tile or TYPICAL_SIDE
+    side = tile or ROOM_SIDE
     return 1.5 * bytes_per_pixel(network) * min(side, height) * min(side, width)
 
 

@@ -13,6 +13,7 @@ from .comfy_host import (
     PRECISIONS,
     Display,
     bring_to_device,
+    check_cancel,
     check_host_memory,
     download_progress,
     hub_file,
@@ -26,6 +27,7 @@ from .comfy_host import (
     register_architecture,
     register_folder,
     temporary_file,
+    tile_room,
     version,
     video_source,
 )
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 CATEGORY = "image/upscaling"
 LAYOUTS = ("sheet", "batch")
+SEARCH_WORDS = ["super resolution", "superres", "enlarge", "hires", "resize"]
 
 
 class PFTSRExtension(ComfyExtension):
@@ -46,16 +49,6 @@ class PFTSRExtension(ComfyExtension):
         register_folder()
         register_architecture()
         return [PFTSRLoadModel, PFTSRLoadModelFromHub, PFTSRUpscale, PFTSRUpscaleVideo, PFTSRAttentionMap, PFTSRCompare]
-
-
-def precision_input() -> io.Combo.Input:
-    return io.Combo.Input(
-        "precision",
-        options=list(PRECISIONS),
-        default="auto",
-        tooltip="Number format of the calculation. auto: fp16 on an NVIDIA or AMD GPU, else fp32. fp16 and "
-        "bf16 need half the memory; fp32 is the most exact, and on a CPU the fastest.",
-    )
 
 
 class PFTSRLoadModel(io.ComfyNode):
@@ -141,7 +134,7 @@ class PFTSRUpscale(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        schema = io.Schema(
             node_id="PFTSRUpscale",
             display_name="PFT-SR Upscale",
             category=CATEGORY,
@@ -157,6 +150,8 @@ class PFTSRUpscale(io.ComfyNode):
             ],
             outputs=[io.Image.Output(tooltip="The enlarged images.")],
         )
+        schema.search_aliases = SEARCH_WORDS  # no keyword, as in `advanced`
+        return schema
 
     @classmethod
     def execute(
@@ -181,7 +176,7 @@ class PFTSRUpscale(io.ComfyNode):
             (rows, columns), model.scale, resize, factor=factor, megapixels=megapixels, width=width, height=height
         )
         check_host_memory(how.host_bytes(frames, channels))
-        bring_to_device(model, rows, columns, tile)
+        bring_to_device(model, tile_room(model.model, rows, columns, tile))
         display = Display()
         result = upscale_to(
             image,
@@ -191,7 +186,7 @@ class PFTSRUpscale(io.ComfyNode):
             overlap=overlap,
             ensemble=ensemble,
             progress=display.progress,
-            check_cancel=model_management.throw_exception_if_processing_interrupted,
+            check_cancel=check_cancel,
             preview=display.preview,
         )
         return io.NodeOutput(result.to(model_management.intermediate_device(), image.dtype))
@@ -202,7 +197,7 @@ class PFTSRUpscaleVideo(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        schema = io.Schema(
             node_id="PFTSRUpscaleVideo",
             display_name="PFT-SR Upscale Video",
             category=CATEGORY,
@@ -224,6 +219,8 @@ class PFTSRUpscaleVideo(io.ComfyNode):
             ],
             outputs=[io.Video.Output(tooltip="The enlarged video, for Save Video. Its file is a temporary one.")],
         )
+        schema.search_aliases = [f"{words} video" for words in SEARCH_WORDS]
+        return schema
 
     @classmethod
     def execute(
@@ -239,7 +236,7 @@ class PFTSRUpscaleVideo(io.ComfyNode):
 
         model = pft_model(upscale_model, precision)
         width, height = video.get_dimensions()
-        bring_to_device(model, height, width, tile)
+        bring_to_device(model, tile_room(model.model, height, width, tile))
         target = temporary_file()
         with video_source(video) as source:
             upscale_video(
@@ -250,7 +247,7 @@ class PFTSRUpscaleVideo(io.ComfyNode):
                 overlap=overlap,
                 quality=quality,
                 progress=Display().progress,
-                check_cancel=model_management.throw_exception_if_processing_interrupted,
+                check_cancel=check_cancel,
             )
         return io.NodeOutput(InputImpl.VideoFromFile(str(target)))
 
@@ -308,14 +305,14 @@ class PFTSRAttentionMap(io.ComfyNode):
     def execute(
         cls, upscale_model: ImageModelDescriptor[Any], image: torch.Tensor, x: float, y: float, head: int, layout: str
     ) -> io.NodeOutput:
-        from .pft_arch.attention_map import CONTEXT, attention_at, draw_batch, draw_sheet
+        from .pft_arch.attention_map import attention_at, bytes_needed, draw_batch, draw_sheet
 
         model = pft_model(upscale_model)
         rows, columns = image.shape[1:3]
         row, column = min(rows - 1, int(y * rows)), min(columns - 1, int(x * columns))
-        bring_to_device(model, rows, columns, CONTEXT)
+        bring_to_device(model, bytes_needed(model.model))
         draw = draw_sheet if layout == LAYOUTS[0] else draw_batch
-        layers = attention_at(image[0], model.model, row, column)
+        layers = attention_at(image[0], model.model, row, column, Display().progress)
         return io.NodeOutput(draw(image[0], layers, row, column, head))
 
 
@@ -374,7 +371,7 @@ class PFTSRCompare(io.ComfyNode):
 
 
 def advanced(widget: Any) -> Any:
-    """Folded away where the host can. As a keyword, which older hosts do not know, it would stop the pack there."""
+    """Folded away where the host can. As a keyword of the input, older hosts would not know it, and load no node."""
     widget.advanced = True
     return widget
 
@@ -469,6 +466,16 @@ def ensemble_input() -> io.Boolean.Input:
             tooltip="The mean over 8 positions of the image, turned and mirrored. Slightly better, and takes 8 times "
             "as long.",
         )
+    )
+
+
+def precision_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "precision",
+        options=list(PRECISIONS),
+        default="auto",
+        tooltip="Number format of the calculation. auto: fp16 on an NVIDIA or AMD GPU, else fp32. fp16 and "
+        "bf16 need half the memory; fp32 is the most exact, and on a CPU the fastest.",
     )
 
 

@@ -6,6 +6,7 @@ pixel has use for (paper, arXiv 2503.20337, figure 1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,9 @@ class LayerAttention:
 
 
 @torch.inference_mode()
-def attention_at(image: Tensor, model: PFTSR, row: int, column: int) -> list[LayerAttention]:
+def attention_at(
+    image: Tensor, model: PFTSR, row: int, column: int, progress: Callable[[int, int], None] | None = None
+) -> list[LayerAttention]:
     """Attention of a pixel of an image, layer by layer, in float32 and on the model's device.
 
     Only the pixel's surroundings pass the network (`CONTEXT`), on the same grid of windows.
@@ -52,6 +55,7 @@ def attention_at(image: Tensor, model: PFTSR, row: int, column: int) -> list[Lay
         image: (H, W, C) floating point in [0, 1]; C as the model takes, or 1, or more, of which the rest is left out.
         model: a PFTSR; it is left as it is.
         row, column: the pixel, counted from 0.
+        progress: called as progress(done, total) in layers; what it raises stops the work and passes through.
 
     Raises:
         ValueError: the pixel is not in the image, or the image has no channel count that the model takes.
@@ -88,12 +92,21 @@ def attention_at(image: Tensor, model: PFTSR, row: int, column: int) -> list[Lay
                 kept=block.top_k,
             )
         )
+        if progress:
+            progress(len(layers), sum(c.num_blocks))
 
     for block in reference.modules():
         if isinstance(block, PFTBlock):
             block.register_forward_hook(look)
     reference(crop)
     return layers
+
+
+def bytes_needed(model: PFTSR) -> int:
+    """Peak memory of `attention_at` on the device: a few maps of all windows at once, in float32."""
+    c = model.config
+    tokens = c.window_size**2
+    return 6 * 4 * c.num_heads * tokens * _context_side(c.window_size) ** 2
 
 
 def draw_batch(image: Tensor, layers: list[LayerAttention], row: int, column: int, head: int = 0) -> Tensor:
@@ -133,10 +146,14 @@ def draw_sheet(image: Tensor, layers: list[LayerAttention], row: int, column: in
 
 def _context(at: int, length: int, window: int) -> slice:
     """Whole windows around a place, as far as the image goes."""
-    side = max(3, -(-CONTEXT // window)) * window
+    side = _context_side(window)
     last = -(-max(0, length - side) // window) * window
     start = min(max(0, at // window * window - side // (2 * window) * window), last)
     return slice(start, min(start + side, length))
+
+
+def _context_side(window: int) -> int:
+    return max(3, -(-CONTEXT // window)) * window
 
 
 def _dense(attention: AttentionMap, window: int, token: int, side: int) -> Tensor:

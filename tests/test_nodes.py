@@ -211,6 +211,13 @@ def test_every_node_is_offered_with_help_for_every_input(host: Host) -> None:
             assert details["tooltip"], name
 
 
+def test_inputs_for_few_are_folded_away_where_the_host_can(host: Host) -> None:
+    folded = {
+        name for name, (_, details) in inputs(host.object_info("PFTSRUpscale")).items() if details.get("advanced")
+    }
+    assert folded == (set() if host.version < (0, 9, 2) else {"overlap", "ensemble", "precision"})
+
+
 def test_starting_the_host_with_the_pack_costs_next_to_nothing(host: Host) -> None:
     times = re.findall(rf"([\d.]+) seconds: .*{re.escape(PACK_NAME)}", host.log)
     assert [float(seconds) < 1 for seconds in times] == [True]
@@ -348,6 +355,12 @@ def test_any_size_is_reached(host: Host, models: Path, photo: Image.Image) -> No
 
     workflow["upscale"]["inputs"].update(resize="stretch", width=3000)
     assert "Lower width or height" in host.run(workflow).error
+    workflow["image"] = {
+        "class_type": "EmptyImage",
+        "inputs": {"width": 4096, "height": 4096, "batch_size": 1, "color": 0},
+    }
+    workflow["upscale"]["inputs"].update(resize="factor", factor=16.0)
+    assert re.search(r"needs 144\.0 GB of main memory.*Choose a smaller size", host.run(workflow).error)
 
 
 def test_where_the_network_looks_is_drawn(host: Host, photo: Image.Image) -> None:
@@ -404,6 +417,7 @@ def test_prompt_after_prompt_leaves_memory_as_the_first_did(host: Host, photo: I
         assert run.ending == "execution_success", run.error
         memory.append(host.memory())
     assert memory[-1] - memory[4] < 8 * 2**20, memory  # 15 copies would be 36 MB
+    assert "memory leak" not in host.log  # the host's own watch over models
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,10 @@ class Host:
     def get_text(self, path: str) -> str:
         return self._request(path).decode()
 
+    @property
+    def version(self) -> tuple[int, ...]:
+        return tuple(map(int, self.get("/system_stats")["system"]["comfyui_version"].split(".")))
+
     def object_info(self, node: str) -> dict[str, Any]:
         """The host's description of a node; empty if it has no such node."""
         return dict(self.get(f"/object_info/{urllib.parse.quote(node)}").get(node, {}))
