@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -106,6 +107,33 @@ def test_networks_of_spandrel_are_built_as_published_and_counted(run):
     assert atd["parameters"] == 753_204  # 753 K in its paper, arXiv 2401.08209
     assert swinir["parameters"] == 910_152  # 910 K in its paper, arXiv 2108.10257
     assert swinir["macs_by"] == "counter" and swinir["macs"] > 16 * 16 * 24 * 8 * 60 * 60  # its linear layers alone
+
+
+def test_document_says_met_missed_or_not_measured(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("table", Path(__file__).parent.parent / "benchmarks" / "table.py")
+    table = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "table", table)
+    spec.loader.exec_module(table)
+
+    def row(precision: str, backend: str, ms: float, times: float, memory: float) -> dict:
+        values = {"ms_per_megapixel": ms, "times_as_fast_as_published": times, "memory_of_published": memory}
+        return {"network": "pft", "code": "pft-sr", "backend": backend, "scale": 2, "size": 256,
+                "precision": precision, **values}  # fmt: skip
+
+    rows = [
+        row("fp16", "triton", 10, 9.0, 0.1),
+        row("fp16", "torch", 40, 2.25, 0.2),
+        row("fp32", "triton", 30, 2.5, 0.1),
+    ]
+    text = table.targets([{"machine": {"device": "cuda"}, "results": rows}], None)
+    verdicts = [line.split(" | ")[2:] for line in text.splitlines()[2:]]
+    assert verdicts == [
+        *[["", "not measured |"]] * 4,
+        ["9.00 times", "met |"],  # the faster backend's
+        ["2.50 times", "**missed** |"],
+        ["0.100", "met |"],
+        *[["", "not measured |"]] * 2,
+    ]
 
 
 @pytest.mark.parametrize(
