@@ -255,10 +255,10 @@ def bring_to_device(model: ImageModelDescriptor[PFTSR], room: float) -> None:
 
 def tile_room(network: PFTSR, height: int, width: int, tile: int) -> float:
     """Bytes worth unloading other models for. With more the tiles grow, with less they shrink; both work."""
-    from .pft_arch.upscale import bytes_per_pixel
+    from .pft_arch.memory import peak_bytes
 
     side = tile or ROOM_SIDE
-    return 1.5 * bytes_per_pixel(network) * min(side, height) * min(side, width)
+    return 1.5 * peak_bytes(network, min(side, height), min(side, width))
 
 
 @contextmanager

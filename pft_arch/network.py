@@ -178,13 +178,14 @@ class ProgressiveFocusedAttention(nn.Module):
     """Windowed self-attention whose map is multiplied onto the previous map of its chain, then cut to `top_k` entries.
 
     Called as `pfa(x, prev_attn_map) -> (x, attn_map)`: x (B, H, W, dim), H and W multiples of the window;
-    prev_attn_map None or what the previous layer with the same shift returned.
+    prev_attn_map None or what the previous layer with the same shift returned, used up by the call where no gradients
+    are recorded.
 
     Args:
         top_k: entries kept per query; None keeps all. The others as in `PFTConfig`.
 
     Raises:
-        ValueError: when called, for an x of another shape.
+        ValueError: when called, for an x of another shape, or a map used up before.
     """
 
     def __init__(

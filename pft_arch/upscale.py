@@ -8,6 +8,7 @@ blended linearly.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .attention.chain import TOKENS_PER_CHANNEL
+from .memory import peak_bytes
 from .network import PFTSR, from_config
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ Plane = tuple[Tensor, Tensor]  # (H, W, C) picture, (H * scale, W * scale, C) pl
 
 MIN_OVERLAP, WINDOWS_OVERLAP = 32, 2  # automatic overlap: LR pixels and windows, whichever is more (benchmarks/seams)
 HOST_BYTES = 2**30  # for a pass on a CPU or a Mac: larger tiles are no faster there and take memory from others
+SHARE_OF_FREE = 0.7  # for a pass: the rest is for what libraries take, and for others
 BATCH_PIXELS = 2**14  # LR pixels per forward pass up to which small tiles and frames are taken together
 
 
@@ -244,34 +246,12 @@ def _spans(length: int, side: int, overlap: int, window: int, scale: int) -> lis
 def auto_tile(model: PFTSR, height: int, width: int) -> int:
     """Side of the largest tile, in LR pixels and whole windows, that free memory allows; the whole image if it fits."""
     window = model.config.window_size
-    per_pixel = bytes_per_pixel(model)
-    pixels = 0.7 * free_memory(_device(model)) / per_pixel
-    if height * width <= pixels:
-        return -(-max(height, width) // window) * window
-    return max(2, int(pixels**0.5) // window) * window
-
-
-def bytes_per_pixel(model: PFTSR) -> float:
-    """Peak memory of one forward pass per LR pixel: activations, both carries, and the head at full resolution.
-
-    Counted from the tensors alive at once, not yet fitted to measurements on a GPU.
-    """
-    c = model.config
-    item = next(model.parameters()).element_size()
-    layers = list(c.layers())
-    activations = 8 * c.embed_dim + 3 * c.hidden_dim
-    head = 0 if c.upsampler == "pixelshuffledirect" else 2 * 64 * c.scale**2
-    tokens = c.window_size**2
-    carries = 0.0
-    for shifted in (False, True):
-        kept = [keep for s, keep in layers if s == shifted]
-        dense = sum(k == tokens for k in kept)
-        products = min(dense, tokens // TOKENS_PER_CHANNEL // c.head_dim)  # layers whose queries and keys are carried
-        in_products = products * 2 * c.embed_dim * item
-        entries = max([k for k in kept if k < tokens] or [tokens if dense > products else 0])
-        # the old carry and the new one are alive together
-        carries += max(in_products, 2.0 * entries * c.num_heads * ((2 if item == 2 else 4) + 2))
-    return item * max(activations, head + c.embed_dim) + carries
+    room = SHARE_OF_FREE * free_memory(_device(model))
+    whole = -(-max(height, width) // window)
+    if peak_bytes(model, height, width) <= room:
+        return whole * window
+    more = range(3, whole + 1)  # sides in windows beyond the smallest, 2
+    return (2 + bisect_right(more, room, key=lambda side: peak_bytes(model, side * window, side * window))) * window
 
 
 def free_memory(device: torch.device) -> int:

@@ -10,6 +10,7 @@ A backend is a function `attend(qkv, table, carry, *, heads, window, shift, keep
     dropout  probability for the attention weights; 0 outside training
 
 and returns (out (B, H, W, C), carry). The carry belongs to the backend that made it: nobody else looks inside.
+Where no gradients are recorded, the carry handed in is used up: its memory is let go or written over.
 The mathematics: paper (arXiv 2503.20337) section 3.2, and the log-domain form in `chain`.
 """
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .windows import MASK, from_windows, regions, relative_position_bias, to_windows
 
+USED_UP = "an attention map serves one layer only, unless gradients are recorded: it is large, and its memory reused"
 TOKENS_PER_CHANNEL = 8  # below that, the map of a dense chain is smaller and quicker than its queries and keys
 
 

@@ -22,7 +22,7 @@ from numba import njit
 from torch import Tensor
 
 from . import torch_backend
-from .chain import DenseCarry, dense_layer
+from .chain import USED_UP, DenseCarry, dense_layer
 from .fastmath import LANES, add, bits_to_float, exp_negative, float_to_bits, load, multiply_add, store, total, zeros
 
 F, I = np.float32, np.int32  # noqa: E741
@@ -30,10 +30,11 @@ ROWS = 4  # queries that share a pass over the keys
 PARTS_PER_THREAD = 4  # so that threads end at about the same time
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowCarry:
-    """Logits minus their row's maximum, and int16 indices, None where nothing is cut: (B * windows * heads, n, room),
-    of which the first `kept` entries of a row hold. The next layer writes into the same memory."""
+    """Logits minus their row's maximum, and int16 indices, None where nothing is cut: (B * windows * heads * n, room),
+    of which the first `kept` entries of a row hold. The next layer writes into the same memory, and sets `kept` to 0.
+    """
 
     logits: Tensor
     indices: Tensor | None
@@ -57,6 +58,8 @@ def attend(
     if not fits or (torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)):
         return torch_backend.attend(qkv, table, carry, **options)
     if isinstance(carry, RowCarry):
+        if not carry.kept:
+            raise ValueError(USED_UP)
         return _layer(qkv, None, table, carry, heads, window, shift, keep)
     out, layer = dense_layer(qkv, table, carry, **options)
     if out is not None:
@@ -97,6 +100,8 @@ def _layer(
         logits,
         nothing.short() if indices is None else indices,
     )
+    if carry:
+        carry.kept = 0
     arrays = [x.detach().contiguous().numpy() for x in tensors]
     options = (height, width, window, shift, kept, keep, carry is not None, has_index)
     in_threads(lambda first, last: _kernel(*arrays, *options, first, last), parts)

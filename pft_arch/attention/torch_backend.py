@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chain import DenseCarry, attend_by
+from .chain import USED_UP, DenseCarry, attend_by
 from .windows import relative_position_bias
 
 # Scores alive at once. A CPU works on one 1024 x 1024 map (4 MiB) at a time; a GPU needs enough to fill it.
@@ -35,7 +35,7 @@ class MapCarry:
             ValueError: they were taken before.
         """
         if not self.groups:
-            raise ValueError("an attention map serves one layer only, unless gradients are recorded")
+            raise ValueError(USED_UP)
         self.groups.reverse()
         while self.groups:
             yield self.groups.pop()

@@ -1,0 +1,81 @@
+"""How much memory a forward pass takes: counted from what is alive at once, checked by benchmarks/memory.py."""
+
+from __future__ import annotations
+
+from .attention import torch_backend
+from .attention.chain import TOKENS_PER_CHANNEL
+from .config import PFTConfig
+from .network import HEAD_CHANNELS, PFTSR, ProgressiveFocusedAttention
+
+
+def peak_bytes(model: PFTSR, height: int, width: int) -> float:
+    """Bytes alive at the peak of an inference pass over one image of height x width pixels, beyond the weights.
+
+    That is the largest of a layer's attention (with what both chains carry), its feed-forward, and the head. Libraries'
+    own scratch memory is not counted.
+    """
+    c, weight = model.config, next(model.parameters())
+    item = weight.element_size()
+    tokens = c.window_size**2
+    pixels = -(-height // c.window_size) * -(-width // c.window_size) * tokens
+    backend = _backend(model)
+    scratch = 0.0
+    if backend == "torch":
+        limit = torch_backend.CPU_GROUP if weight.device.type == "cpu" else torch_backend.GPU_GROUP
+        never_cut = all(keep == tokens for _, keep in c.layers())
+        # a group's scores in float32; beside them its weights, or what it converts or cuts
+        scratch = min(limit, pixels * c.num_heads * tokens) * (4.0 if never_cut and item == 4 else 8.0)
+    return max(_head(c) * item * pixels, _layers(c, item, backend) * pixels + scratch)
+
+
+def _backend(model: PFTSR) -> str:
+    """What will compute the attention: torch, numba or triton."""
+    attend = next(module.attend for module in model.modules() if isinstance(module, ProgressiveFocusedAttention))
+    name = attend.__module__.rpartition(".")[2].removesuffix("_backend")
+    weight = next(model.parameters())
+    device = weight.device.type
+    if name == "numba" and device == "cpu" and weight.element_size() == 4:
+        return "numba"
+    return "triton" if name == "triton" and device == "cuda" else "torch"
+
+
+def _layers(c: PFTConfig, item: int, backend: str) -> float:
+    """Bytes per pixel in the layer that needs most."""
+    n, heads = c.window_size**2, c.num_heads
+    tokens = c.embed_dim * item  # one tensor as wide as the tokens
+    alive = 4 * tokens  # first features, input of the group and of the layer, the latter's norm
+    packed = 3 * heads * -(-c.head_dim // 8) * 8 * item  # Triton's queries, keys and values of all windows
+    entry = 2 if item == 2 else 4
+    widths, carries, peak = [0, 0], [0.0, 0.0], 0.0  # of either chain: channels of queries while dense; bytes carried
+    for shifted, keep in c.layers():
+        old, new = carries[shifted], float(heads * keep * (entry + (2 if keep < n else 0)))
+        # output, and copies by windows
+        work = {"numba": tokens, "torch": 6 * tokens, "triton": tokens}[backend]
+        if widths[shifted] >= 0:
+            widths[shifted] += c.head_dim + 4 * shifted if backend != "triton" else packed // (3 * heads * item)
+            product = heads * widths[shifted] * item  # queries, or keys, of all layers so far
+            if keep == n and widths[shifted] <= n // TOKENS_PER_CHANNEL:
+                new = 2.0 * product
+                work = 4 * tokens + 2 * product if backend != "triton" else tokens + packed
+                both = old + new
+            else:
+                work += packed if backend == "triton" else 0
+                both = old + 2 * product + new
+                widths[shifted] = -1
+        elif backend == "numba":
+            both = new = old  # in place
+        else:
+            both = max(old, new) if backend == "torch" else old + new  # torch: group by group
+        others = carries[not shifted] + alive + 3 * tokens
+        carries[shifted] = new
+        convolution = 4 * tokens  # output, and the position encoding's input, convolution and result
+        feed_forward = alive + tokens + 4 * c.hidden_dim * item
+        peak = max(peak, others + both + work, others + new + convolution, sum(carries) + feed_forward)
+    return peak
+
+
+def _head(c: PFTConfig) -> float:
+    """Numbers per pixel of the widest step after the layers."""
+    if c.upsampler == "pixelshuffledirect":
+        return 2 * c.embed_dim + 2.0 * c.in_channels * c.scale**2
+    return c.embed_dim + (3 if c.upsampler == "nearest+conv" else 2) * HEAD_CHANNELS * c.scale**2
