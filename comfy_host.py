@@ -204,6 +204,12 @@ def check_host_memory(needed: float) -> None:
         )
 
 
+def for_others(images: torch.Tensor) -> torch.Tensor:
+    """Images where, and as, the host wants them between nodes."""
+    dtype = getattr(model_management, "intermediate_dtype", lambda: images.dtype)()  # since 0.17
+    return images.to(model_management.intermediate_device(), dtype)
+
+
 def check_cancel() -> None:
     """Raises what the host stops a node by, if the user has cancelled."""
     model_management.throw_exception_if_processing_interrupted()

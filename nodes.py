@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from comfy import model_management
 from comfy_api.latest import ComfyExtension, Input, InputImpl, io, ui
 from server import PromptServer
 
@@ -16,6 +15,7 @@ from .comfy_host import (
     check_cancel,
     check_host_memory,
     download_progress,
+    for_others,
     hub_file,
     known_path,
     load,
@@ -176,7 +176,8 @@ class PFTSRUpscale(io.ComfyNode):
             (rows, columns), model.scale, resize, factor=factor, megapixels=megapixels, width=width, height=height
         )
         check_host_memory(how.host_bytes(frames, channels))
-        bring_to_device(model, tile_room(model.model, rows, columns, tile))
+        if how.passes:
+            bring_to_device(model, tile_room(model.model, rows, columns, tile))
         display = Display()
         result = upscale_to(
             image,
@@ -189,7 +190,7 @@ class PFTSRUpscale(io.ComfyNode):
             check_cancel=check_cancel,
             preview=display.preview,
         )
-        return io.NodeOutput(result.to(model_management.intermediate_device(), image.dtype))
+        return io.NodeOutput(for_others(result))
 
 
 class PFTSRUpscaleVideo(io.ComfyNode):
@@ -313,7 +314,7 @@ class PFTSRAttentionMap(io.ComfyNode):
         bring_to_device(model, bytes_needed(model.model))
         draw = draw_sheet if layout == LAYOUTS[0] else draw_batch
         layers = attention_at(image[0], model.model, row, column, Display().progress)
-        return io.NodeOutput(draw(image[0], layers, row, column, head))
+        return io.NodeOutput(for_others(draw(image[0], layers, row, column, head)))
 
 
 class PFTSRCompare(io.ComfyNode):
@@ -364,7 +365,7 @@ class PFTSRCompare(io.ComfyNode):
 
         report, difference = compare(image, reference, border, gain)
         PromptServer.instance.send_progress_text(report, cls.hidden.unique_id)  # into the node itself
-        return io.NodeOutput(report, difference, ui=ui.PreviewText(report))
+        return io.NodeOutput(report, for_others(difference), ui=ui.PreviewText(report))
 
 
 # inputs that nodes share

@@ -68,7 +68,7 @@ def compare(pictures: Tensor, references: Tensor, border: int = 0, gain: float =
         gain: by which the difference is multiplied, before it is clamped to [0, 1].
 
     Returns:
-        A line for each picture, and their mean if there are several; (B, H, W, 3) float32.
+        A line for each picture, and their mean if there are several; (B, H, W, 3) float32 on the CPU.
 
     Raises:
         ValueError: the sizes or counts differ, or too few pixels lie inside the border.
@@ -94,8 +94,9 @@ def compare(pictures: Tensor, references: Tensor, border: int = 0, gain: float =
 
 
 def _rgb(batch: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, H, W, 3) float32: grey repeated, alpha left out."""
-    return batch[..., :3].float() if batch.shape[-1] >= 3 else batch[..., :1].float().expand(-1, -1, -1, 3)
+    """(B, H, W, C) -> (B, H, W, 3) float32 on the CPU, since others lack float64: grey repeated, alpha left out."""
+    colours = batch[..., :3] if batch.shape[-1] >= 3 else batch[..., :1].expand(-1, -1, -1, 3)
+    return colours.float().cpu()
 
 
 def _prepare(picture: Tensor, truth: Tensor, border: int, least: int) -> tuple[Tensor, Tensor]:
