@@ -77,6 +77,7 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 PILLOW_FORMATS = [f.name for f in FORMATS.values() if f.name != "EXR"]
 SUFFIXES: Mapping[str, Format] = MappingProxyType({s: f for f in FORMATS.values() for s in f.suffixes})
 
+MAX_PIXELS = 5 * 10**8  # what a command line may set Pillow's limit to; Pillow refuses twice as many
 MAX_EXIF_IN_JPEG = 65533  # one marker segment
 
 # EXIF that describes the picture. The rest of its main directory describes the file it came from (sizes, strips,
@@ -374,8 +375,8 @@ def write_bands(
 @contextmanager
 def _written(path: Path, overwrite: bool, picture: Picture, width: int, height: int) -> Iterator[tuple[Path, Format]]:
     """A name to write under that becomes `path` when all has gone well, and errors for people."""
-    prepare_target(path, overwrite=overwrite)
     check_target(path, picture, width, height)
+    prepare_target(path, overwrite=overwrite)
     try:
         with replacing(path) as temporary:
             yield temporary, format_of(path)
@@ -396,7 +397,6 @@ def format_of(path: str | Path) -> Format:
 def prepare_target(path: str | Path, *, overwrite: bool) -> None:
     """Make sure, before any work is spent on it, that a file can be written here. Makes its folder."""
     path = Path(path)
-    format_of(path)
     try:
         if path.is_dir():
             raise ImageError(f"{path}: is a folder. Give the name of a file in it.")
@@ -530,11 +530,12 @@ def _frame_numbers(image: Image.Image) -> range:
 def write_frames(frames: Iterable[Picture], animation: Animation, path: str | Path, *, overwrite: bool = False) -> None:
     """Write an animation as PNG, WebP or GIF; all frames are held in 8 bits. What they raise passes through."""
     path, frames = Path(path), iter(frames)
+    if not format_of(path).animated:
+        name = format_of(path).name
+        raise ImageError(f"{path}: {name} holds one picture, and this is an animation. Write .webp, .png or .gif.")
     first = next(frames)
     height, width, _ = first.pixels.shape
     with _written(path, overwrite, first, width, height) as (temporary, format):
-        if not format.animated:
-            raise ImageError(f"{path}: {format.name} holds one picture, and this is an animation. Write .webp or .png.")
         head, *others = (Image.fromarray(_levels(frame, format)) for frame in chain([first], frames))
         options: dict[str, Any] = dict(format.options)
         if format.name != "GIF" or animation.plays != 1:  # a GIF that says nothing is played once

@@ -27,7 +27,8 @@ import torch
 
 from .files import replacing
 from .network import PFTSR
-from .upscale import BATCH_PIXELS, auto_tile, upscale
+from .target import Plan, Size, plan, upscale_to
+from .upscale import BATCH_PIXELS, auto_tile
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
@@ -70,8 +71,8 @@ CONTAINERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ".mkv": ("matroska", ("h264", "h265", "av1", "vp9", "ffv1")),
     ".webm": ("webm", ("vp9", "av1")),
 }
-# Endings by which a folder's videos are known; FFmpeg reads by content.
-READ_SUFFIXES = (*CONTAINERS, ".m4v", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv")
+# Endings by which videos are known (not .ts, which is a program's as often); FFmpeg reads by content.
+READ_SUFFIXES = (*CONTAINERS, ".m4v", ".avi", ".mpg", ".mpeg", ".m2ts", ".wmv", ".flv")
 
 # FFmpeg's numbers for colour, from ITU-T H.273
 UNSPECIFIED, BT709, BT470BG, SMPTE170M = 2, 1, 5, 6
@@ -94,11 +95,12 @@ def upscale_video(
     overlap: int = 0,
     codec: str = "auto",
     quality: int | None = None,
+    size: Callable[[Size], Plan] | None = None,
     resume: str = "",
     progress: Callable[[int, int], None] | None = None,
     check_cancel: Callable[[], None] | None = None,
 ) -> None:
-    """Enlarge the frames of a video by the model's factor; keep its timing, its colours and its other streams.
+    """Enlarge the frames of a video, by the model's factor unless told; keep its timing, colours and other streams.
 
     Frames stream: memory does not grow with their number. Kept: timestamps (variable frame rates too, as fine as the
     container counts), colour matrix, range, primaries and transfer, pixel aspect, bit depth up to 10 (16 in ffv1)
@@ -114,6 +116,7 @@ def upscale_video(
         model, tile, overlap: as for `upscale`. tile 0 is decided once, for all frames.
         codec: one of `CODECS`, or "auto" for the container's first that this FFmpeg can encode.
         quality: constant rate factor, lower is better and larger; None for the codec's default.
+        size: makes the plan for frames of a height and width, as `target.plan` does; None for the model's factor.
         resume: names what is made of what, with which settings. A run that is stopped leaves its segments, and one
             with the same name and target goes on from there. Empty: nothing is left and nothing is used.
         progress: called as progress(done, total) in frames; total is an estimate until the end.
@@ -137,7 +140,9 @@ def upscale_video(
             head = next(frames, None)
             if head is None:
                 raise VideoError(f"{name}: holds no frame that can be read. Get the file again.")
-            picture = _picture(head, model.config.scale, encoder)
+            rows, columns, _ = head.values.shape
+            aim = size((rows, columns)) if size else plan((rows, columns), model.config.scale)
+            picture = _picture(head, aim.size, encoder)
             done = len(segments) * SEGMENT_FRAMES
             frames = islice(chain([head], frames), done, None)
             while first := next(frames, None):
@@ -146,7 +151,7 @@ def upscale_video(
                 with replacing(segments[-1]) as path, path.open("wb") as out:
                     context = av.CodecContext.create(encoder.encoder, "w")
                     picture.set_up(context, encoder, video)
-                    for frame in _larger(segment, model, tile, overlap, check_cancel):
+                    for frame in _larger(segment, model, aim, tile, overlap, check_cancel):
                         _store(out, context.encode(picture.frame(frame, context)))
                         done += 1
                         if progress:
@@ -186,6 +191,14 @@ def pick_codec(target: Path, codec: str, quality: int | None) -> tuple[str, Code
     elif quality is not None:
         raise VideoError(f"{target}: {usable[0]} has no quality to choose. Leave it out, or choose another codec.")
     return container, replace(chosen, options=options)
+
+
+def read_size(path: Path) -> tuple[int, int, int] | None:
+    """Width, height and number of frames, as far as a video's header tells; None where it cannot be read."""
+    with suppress(Exception), _opened(path) as file:  # upscale_video says why
+        video = _video_stream(file, str(path))
+        return video.width, video.height, max(1, _Reader(video, str(path)).estimate)
+    return None
 
 
 def _import_av() -> Any:
@@ -387,7 +400,12 @@ def _upright(values: np.ndarray[Any, Any], frame: VideoFrame) -> tuple[np.ndarra
 
 
 def _larger(
-    frames: Iterator[Frame], model: PFTSR, tile: int, overlap: int, check_cancel: Callable[[], None] | None
+    frames: Iterator[Frame],
+    model: PFTSR,
+    aim: Plan,
+    tile: int,
+    overlap: int,
+    check_cancel: Callable[[], None] | None,
 ) -> Iterator[Frame]:
     """The frames, enlarged; small ones several at a time."""
     for first in frames:
@@ -395,7 +413,7 @@ def _larger(
         batch = [first, *islice(frames, max(1, BATCH_PIXELS // (height * width)) - 1)]
         top = np.iinfo(first.values.dtype).max
         images = torch.from_numpy(np.stack([frame.values for frame in batch]).astype(np.float32)).div_(top)
-        larger = upscale(images, model, tile=tile, overlap=overlap, check_cancel=check_cancel)
+        larger = upscale_to(images, model, aim, tile=tile, overlap=overlap, check_cancel=check_cancel)
         for frame, values in zip(batch, (larger * top).round_().numpy(), strict=True):
             yield replace(frame, values=values.astype(frame.values.dtype))
 
@@ -442,9 +460,9 @@ class Picture:
         return out
 
 
-def _picture(frame: Frame, scale: int, codec: Codec) -> Picture:
-    """How to encode frames that are `scale` times as large as this one."""
-    height, width = frame.values.shape[0] * scale, frame.values.shape[1] * scale
+def _picture(frame: Frame, size: Size, codec: Codec) -> Picture:
+    """How to encode frames of this size that are made of ones like this."""
+    height, width = size
     pixels = _pixel_format(frame, codec)
     if pixels.startswith(("yuv420", "yuv422")):
         width += width % 2

@@ -23,7 +23,16 @@ from pft_arch.cli.common import default_dtype
 from pft_arch.network import PFTSR
 from pft_arch.weights import CATALOGUE, save_model
 
+try:
+    import av
+
+    from test_video import make as make_video
+    from test_video import sounds, times
+except ImportError:  # the tests of videos are left out
+    pass
+
 ROOT = Path(__file__).parent.parent
+cli_upscale = importlib.import_module("pft_arch.cli.upscale")
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
@@ -162,6 +171,236 @@ def test_tiles_give_the_size_of_the_whole(run):
     assert size("out.png") == (80, 50)
 
 
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [("30x0", (30, 20)), ("10x10", (10, 7)), ("300%", (27, 18)), ("0.0054MP", (90, 60)), ("50%", (4, 3))],
+)
+def test_a_target_size(run, target, expected):
+    make("in.png", size=(9, 6))
+    assert run("in.png", "-o", "out.png", "--target", target)[0] == 0
+    assert size("out.png") == expected
+
+
+def test_sixteen_bits_of_colour_arrive_in_the_result(run):
+    pytest.importorskip("imagecodecs")
+    images.write_image(images.Picture(torch.rand(5, 6, 3), depth=16), "in.png")
+    assert run("in.png", "-o", "out.png")[0] == 0
+    assert images.read_image("out.png").depth == 16
+
+
+def test_an_animation_stays_one(run):
+    frames = [Image.fromarray(np.full((6, 8, 3), level, np.uint8)) for level in (0, 90, 250)]
+    frames[0].save("in.gif", save_all=True, append_images=frames[1:], duration=[100, 200, 300], loop=0)
+    assert run("in.gif", "-o", "out/", "--format", "webp")[0] == 0
+    animation = images.read_animation("out/in.webp")
+    assert (animation.durations, animation.plays, size("out/in.webp")) == ([100, 200, 300], 0, (16, 12))
+    code, _, err = run("in.gif", "-o", "out.jpg")
+    assert code == 1 and "JPEG holds one picture" in err
+    assert files() == ["in.gif", "out/in.webp"]
+
+
+# ---------------------------------------------------------------------------------- going on
+
+
+def manifest(folder: str = "out") -> list[tuple[str, str]]:
+    lines = Path(folder, "pft-sr.jsonl").read_text("utf-8").splitlines()
+    return [(line["target"], line["status"]) for line in map(json.loads, lines)]
+
+
+def test_what_exists_is_skipped_when_told(run):
+    make("in/a.png")
+    make("in/b.png")
+    Path("out").mkdir()
+    Path("out/a.png").write_text("precious")
+    code, out, _ = run("in", "-o", "out", "--skip-existing")
+    assert (code, out.splitlines()[0]) == (0, f"{Path('in/a.png')}: {Path('out/a.png')} exists")
+    assert Path("out/a.png").read_text() == "precious"
+    assert size("out/b.png") == (18, 14)
+
+
+def test_a_job_goes_on_with_what_is_new_changed_or_failed(run, model):
+    for name in ("in/a.png", "in/b.png", "in/sub/ü.png"):
+        make(name)
+    Path("in/bad.png").write_text("no image")
+    args = ("in", "-o", "out", "-r", "--resume")
+    assert run(*args)[0] == 1
+    done = [("a.png", "done"), ("b.png", "done"), ("bad.png", "failed"), ("sub/ü.png", "done")]
+    assert manifest() == done
+    line = json.loads(Path("out/pft-sr.jsonl").read_text("utf-8").splitlines()[0])
+    assert line["source"] == str(Path("in/a.png")) and len(line["weights_sha256"]) == 64
+
+    code, out, _ = run(*args)
+    assert code == 1  # tries what failed again, and nothing else
+    assert manifest() == [*done, ("bad.png", "failed")]
+    assert out.count("done already") == 3
+
+    make("in/bad.png")
+    make("in/c.png")
+    make("in/b.png", size=(4, 4))
+    assert run(*args)[0] == 0
+    assert manifest()[5:] == [("b.png", "done"), ("bad.png", "done"), ("c.png", "done")]
+    assert size("out/b.png") == (8, 8)
+
+    Path("out/a.png").unlink()
+    assert run(*args)[0] == 0
+    assert manifest()[8:] == [("a.png", "done")]
+    assert run(*args, "--tile", "8")[0] == 0  # other settings: all again
+    assert len(manifest()) == 9 + 5
+
+
+def test_a_manifest_that_a_crash_cut_off_costs_its_last_line_only(run):
+    make("in/a.png")
+    make("in/b.png")
+    args = ("in", "-o", "out", "--resume")
+    assert run(*args)[0] == 0
+    path = Path("out/pft-sr.jsonl")
+    path.write_bytes(path.read_bytes()[:-40])
+    Path("out/b.png").unlink()
+    assert run(*args)[0] == 0
+    assert size("out/b.png") == (18, 14)
+    assert run(*args)[1].count("done already") == 2
+
+
+def test_a_file_that_is_not_ours_is_kept_when_going_on(run):
+    make("in/a.png")
+    make("out/a.png")
+    before = Path("out/a.png").read_bytes()
+    code, _, err = run("in", "-o", "out", "--resume")
+    assert code == 1 and "exists already" in err
+    assert Path("out/a.png").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------- large images
+
+
+@pytest.mark.parametrize("name", ["in.png", "in.tiff"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_a_large_image_gives_the_same_file_in_bands(run, monkeypatch, name, mode):
+    pytest.importorskip("tifffile")
+    make(name, size=(45, 60), mode=mode, dpi=(300, 300))
+    tiles = ("--tile", "16", "--overlap", "4")
+    assert run(name, "-o", f"whole_{name}", *tiles)[0] == 0
+    monkeypatch.setattr(cli_upscale, "STREAM_PIXELS", 100)
+    assert run(name, "-o", f"bands_{name}", *tiles)[0] == 0
+    whole, bands = images.read_image(f"whole_{name}"), images.read_image(f"bands_{name}")
+    assert whole.pixels.shape == (120, 90, len(mode))
+    assert (whole.pixels - bands.pixels).abs().max() <= 1 / 255  # a rounding at most, where alpha is taken apart
+    assert [round(x) for x in bands.dpi] == [300, 300]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no ru_maxrss there")
+def test_a_large_image_needs_no_floating_point_copy_of_it(tmp_path):
+    """80 megapixels of result: 960 MB in floating point."""
+    Image.new("RGB", (8000, 2500), (90, 30, 200)).save(tmp_path / "in.png")
+    code = (
+        "import resource, sys, torch\n"
+        "from pft_arch import cli, PFTSR\n"
+        "from pft_arch.cli import upscale\n"
+        "from pft_arch.weights import save_model\n"
+        "torch.set_num_threads(1)\n"
+        "class Nearest(torch.nn.Module):\n"
+        "    def forward(self, x): return x.repeat_interleave(2, 2).repeat_interleave(2, 3)\n"
+        "PFTSR.forward = Nearest.forward\n"
+        "layers = dict(embed_dim=4, num_blocks=(1,), num_heads=1, window_size=4, upsampler='pixelshuffledirect')\n"
+        "save_model(PFTSR(scale=2, **layers), sys.argv[1] + '/m.safetensors')\n"
+        "upscale.STREAM_PIXELS = 10**7\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "where = sys.argv[1]\n"
+        "args = ['upscale', where + '/in.png', '-o', where + '/out.png', '-m', where + '/m.safetensors']\n"
+        "assert cli.main([*args, '--device', 'cpu', '--tile', '256', '-q']) == 0\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 450_000  # KB: 140 for the decoded input, two bands of 100, and the encoder's rows
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.size == (16000, 5000)
+        assert image.crop((0, 4000, 16000, 4001)).getcolors() == [(16000, (90, 30, 200))]
+
+
+# ---------------------------------------------------------------------------------- videos
+
+
+def video(path: str | Path, frames: int = 12, size: tuple[int, int] = (32, 24)) -> None:
+    make_video(Path(path), frames=frames, size=size, audio=("aac",), times=[3600 * n + n % 3 for n in range(frames)])
+
+
+def test_a_video_to_a_file_and_in_a_folder(run):
+    pytest.importorskip("av")
+    Path("in/sub").mkdir(parents=True)
+    video("in/clip.mp4")
+    make_video(Path("in/sub/old.avi"), codec="mpeg4", frames=3)
+    make("in/a.png")
+    assert run("in/clip.mp4", "-o", "big.mov", "--codec", "h264", "--quality", "20")[0] == 0
+    assert run("in", "-o", "out", "-r", "--target", "100%")[0] == 0
+    assert files("out") == ["a.png", "clip.mp4", "sub/old.mkv"]
+    for name, size in (("big.mov", (64, 48)), ("out/clip.mp4", (32, 24))):
+        with av.open(name) as file:
+            assert (file.streams.video[0].width, file.streams.video[0].height) == size
+        assert (times(name), sounds(name)) == (times("in/clip.mp4"), sounds("in/clip.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ("clip.mp4 -o out.png", "is a video, and OUT, out.png, is none"),
+        ("a.png -o out.mp4", "is an image, and OUT, out.mp4, is none"),
+        ("clip.mp4 -o big.mp4 --resume", "A single video goes on without it"),
+        ("clip.mp4 -o big.mp4 --codec gif", "invalid choice"),
+        ("a.png -o big.png --target huge", "huge is no size"),
+    ],
+)
+def test_wrong_usage_with_videos(run, args, reason):
+    make("a.png")
+    Path("clip.mp4").touch()
+    code, _, err = run(*args.split())
+    assert code == 2 and reason in err
+
+
+def test_bad_videos_fail_alone(run):
+    pytest.importorskip("av")
+    Path("in").mkdir()
+    Path("in/bad.mp4").write_text("no video")
+    video("in/good.mp4", frames=2)
+    code, _, err = run("in", "-o", "out")
+    assert code == 1 and "bad.mp4: Invalid data" in err
+    assert files("out") == ["good.mp4"]
+    assert run("in/good.mp4", "-o", "out/good.mp4")[0] == 1  # exists already
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal there")
+def test_a_video_killed_in_the_middle_goes_on_to_the_same_file(tmp_path, model):
+    pytest.importorskip("av")
+    video(tmp_path / "in.mp4", frames=40, size=(64, 64))
+    code = (
+        "import sys\n"
+        "from pft_arch import cli, video\n"
+        "video.SEGMENT_FRAMES = 5\n"
+        "sys.exit(cli.main(['upscale', sys.argv[1] + '/in.mp4', '-o', *sys.argv[2:]]))\n"
+    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", code, str(tmp_path), str(tmp_path / "out.mp4"), "-m", model, "--device", "cpu"]
+    work = tmp_path / ".out.mp4.pft-work"
+    for number, segments, exit_code in ((signal.SIGKILL, 1, -signal.SIGKILL), (signal.SIGTERM, 3, 143)):
+        with subprocess.Popen(line, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as job:
+            deadline = time.monotonic() + 60
+            while len(list(work.glob("*.packets"))) < segments:
+                assert job.poll() is None and time.monotonic() < deadline
+                time.sleep(0.005)
+            job.send_signal(number)
+            _, err = job.communicate(timeout=60)
+        assert job.returncode == exit_code, err
+        assert b"Traceback" not in err
+        assert files(tmp_path)[-1:] == ["in.mp4"]  # work folder before it, and no out.mp4
+    assert 3 <= len(list(work.glob("*.packets"))) < 8
+    assert subprocess.run(line, cwd=ROOT, env=env, capture_output=True).returncode == 0
+    line[4] = str(tmp_path / "whole.mp4")
+    assert subprocess.run(line, cwd=ROOT, env=env, capture_output=True).returncode == 0
+    assert (tmp_path / "out.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert times(tmp_path / "out.mp4") == times(tmp_path / "in.mp4")
+    assert files(tmp_path) == ["in.mp4", "out.mp4", "whole.mp4"]
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 
@@ -174,7 +413,7 @@ def test_tiles_give_the_size_of_the_whole(run):
         ("a.png b.png -o out.png", "name of a file"),
         ("a.png b.png -o notes", "name of a file"),
         ("in -o out.png", "name of a file"),
-        ("empty -o out", "holds no image"),
+        ("empty -o out", "holds no image and no video"),
         ("a.png -o out.png --format jpg", "--format says jpg"),
         ("a.png -o out.png --tile -1", "-1 is negative"),
         ("a.png -o out.png --tile many", "invalid"),
@@ -221,7 +460,7 @@ def test_bad_files_are_listed_and_the_others_are_done(run):
     code, out, err = run("in", "missing.png", "-o", "out")
     assert code == 1
     assert len(out.splitlines()) == 2
-    summary = err[err.index("3 of 5 images failed:") :]
+    summary = err[err.index("3 of 5 files failed:") :]
     for name, reason in (("b.jpg", "damaged or incomplete"), ("d.png", "not a PNG"), ("missing.png", "no such file")):
         assert any(name in line and reason in line for line in summary.splitlines())
     assert files("out") == ["a.png", "c.png"]
@@ -261,7 +500,7 @@ def test_what_can_be_refused_is_refused_before_the_long_work(run, monkeypatch, f
     def work(*_: object, **__: object) -> None:
         raise AssertionError("began to work")
 
-    monkeypatch.setattr(importlib.import_module("pft_arch.upscale"), "upscale", work)
+    monkeypatch.setattr(importlib.import_module("pft_arch.target"), "upscale_to", work)
     assert run("in.png", "-o", "out.webp")[0] == 1
 
 
@@ -351,7 +590,8 @@ def test_a_name_that_the_terminal_cannot_show_costs_nothing(tmp_path, model):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C cannot be sent to one process there")
-def test_an_interrupt_in_mid_job_leaves_whole_files_only(tmp_path, model):
+@pytest.mark.parametrize(("stop", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_in_mid_job_leaves_whole_files_only(tmp_path, model, stop, exit_code):
     for number in range(200):
         make(tmp_path / "in" / f"{number:03}.png", size=(64, 64))
     args = ["-m", "pft_arch", "upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--model", model]
@@ -363,9 +603,9 @@ def test_an_interrupt_in_mid_job_leaves_whole_files_only(tmp_path, model):
         while not (tmp_path / "out" / "001.png").exists():
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        job.send_signal(signal.SIGINT)
+        job.send_signal(stop)
         _, err = job.communicate(timeout=60)
-    assert job.returncode == 130
+    assert job.returncode == exit_code
     assert b"interrupted" in err
     assert b"Traceback" not in err
     written = files(tmp_path / "out")

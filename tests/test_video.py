@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from pft_arch import PFTSR, upscale, video
+from pft_arch.target import plan
 from pft_arch.video import CODECS, VideoError, pick_codec, upscale_video
 
 av = pytest.importorskip("av")
@@ -281,6 +283,13 @@ def test_every_codec_gives_a_file_that_plays(tmp_path, model, codec, target, nam
     assert frames[7].shape == reference.shape
 
 
+def test_frames_of_any_size(tmp_path, model):
+    make(tmp_path / "in.mp4", frames=2)
+    aim = partial(plan, scale=2, mode="fit inside", width=150, height=1000)
+    upscale_video(tmp_path / "in.mp4", tmp_path / "out.mp4", model, size=aim)
+    assert decoded(tmp_path / "out.mp4")[0].shape == (100, 150, 3)
+
+
 def test_quality_is_the_encoders_rate_factor(tmp_path, model):
     source = make(tmp_path / "in.mp4")
     for quality in (4, 40):
@@ -365,7 +374,7 @@ def test_what_cannot_be_done_is_said_before_the_work(tmp_path, model, monkeypatc
     def work(*_: object, **__: object) -> None:
         raise AssertionError("began to work")
 
-    monkeypatch.setattr(video, "upscale", work)
+    monkeypatch.setattr(video, "upscale_to", work)
     for source, target, codec, reason in (
         ("in.mp4", "out.gif", "auto", "must end in one of .mp4"),
         ("in.mp4", "out.webm", "h264", "webm holds vp9, av1, not h264"),

@@ -3,14 +3,17 @@
 One module per command adds its parser and names the function that runs it; `COMMANDS` lists them. Whatever is slow
 to import (torch, Pillow) is imported by the functions that run, so that `pft-sr --help` answers at once.
 
-Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted, 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .benchmark import add_benchmark
 from .common import PROGRAM, CommandError, Parser
@@ -38,13 +41,36 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has printed the help or what is wrong
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        return args.run(args)
+        with _terminable():
+            return args.run(args)
     except CommandError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\n{PROGRAM}: interrupted. What was finished is kept, and no half file is left.", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, TerminatedError) else 130
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM, handled as Ctrl-C is."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does, tidily."""
+
+    def stop(*_: object) -> None:
+        raise TerminatedError
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread, which alone is told of signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Version(argparse.Action):
