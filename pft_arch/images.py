@@ -78,6 +78,7 @@ PILLOW_FORMATS = [f.name for f in FORMATS.values() if f.name != "EXR"]
 SUFFIXES: Mapping[str, Format] = MappingProxyType({s: f for f in FORMATS.values() for s in f.suffixes})
 
 MAX_PIXELS = 5 * 10**8  # what a command line may set Pillow's limit to; Pillow refuses twice as many
+BAND_ROWS = 64  # converted at a time, of a picture that comes in bands
 MAX_EXIF_IN_JPEG = 65533  # one marker segment
 
 # EXIF that describes the picture. The rest of its main directory describes the file it came from (sizes, strips,
@@ -355,7 +356,8 @@ def write_bands(
     """
     path = Path(path)
     with _written(path, overwrite, picture, width, height) as (temporary, format):
-        arrays = (_levels(replace(picture, pixels=band), format) for band in bands)
+        parts = (part for band in bands for part in band.split(BAND_ROWS))
+        arrays = (_levels(replace(picture, pixels=part), format) for part in parts)
         channels = _stored_channels(picture, format)
         if format.name == "PNG":
             with temporary.open("wb") as file:
@@ -439,7 +441,7 @@ def _levels(picture: Picture, format: Format) -> Array:
             colour = colour.mean(dim=2, keepdim=True)
         pixels = torch.cat((colour, alpha), dim=2) if format.alpha else colour * alpha + (1 - alpha)
     depth = picture.depth if picture.depth in format.depths else 8
-    values = (pixels.clamp(0, 1) * (2**depth - 1)).round()
+    values = pixels.clamp(0, 1).mul_(2**depth - 1).round_()
     return values.numpy().astype(np.uint16 if depth == 16 else np.uint8)
 
 

@@ -189,7 +189,7 @@ def upscale_bands(
         for (_, t), picture in zip(group, runner.run(torch.stack(crops)), strict=True):
             top, missing = t.top * c.scale - first, (t.top + t.height) * c.scale - first - len(band)
             if top > 0:  # tiles come row by row: what is above this one is finished
-                yield band[:top].clamp(0, 1)
+                yield band[:top].clamp_(0, 1)
                 band, first = band[top:], first + top
             if missing > 0:
                 band = torch.cat((band, torch.zeros(missing, *band.shape[1:])))
