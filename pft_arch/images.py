@@ -441,8 +441,8 @@ def _levels(picture: Picture, format: Format) -> Array:
             colour = colour.mean(dim=2, keepdim=True)
         pixels = torch.cat((colour, alpha), dim=2) if format.alpha else colour * alpha + (1 - alpha)
     depth = picture.depth if picture.depth in format.depths else 8
-    values = pixels.clamp(0, 1).mul_(2**depth - 1).round_()
-    return values.numpy().astype(np.uint16 if depth == 16 else np.uint8)
+    whole = pixels.clamp(0, 1).mul_(2**depth - 1).round_()
+    return whole.numpy().astype(np.uint16 if depth == 16 else np.uint8)
 
 
 def _stored_channels(picture: Picture, format: Format) -> int:
