@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
@@ -255,6 +256,9 @@ def mapped_tiff(path: Path, shape: tuple[int, int, int], dtype: Any, options: Ma
     large = np.prod(shape) * np.dtype(dtype).itemsize > 2**32 - 2**20
     stored = shape if shape[2] > 1 else shape[:2]
     array: Array = _library("tifffile").memmap(path, shape=stored, dtype=dtype, bigtiff=bool(large), **options)
+    if hasattr(os, "posix_fallocate"):  # a disk that fills up is an error now; in mapped memory it would be a crash
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array.reshape(shape)
 
 

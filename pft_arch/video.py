@@ -327,6 +327,10 @@ class _Reader:
                     f"{self.name}: frame {self.count} is {frame.width}x{frame.height}, those before are "
                     f"{self.size[0]}x{self.size[1]}. Convert it to one size first."
                 )
+            if not self.size and frame.interlaced_frame:
+                log.warning("%s: is interlaced, and enlarged as it is. Deinterlace it first", self.name)
+            if not self.size and any(component.is_alpha for component in frame.format.components):
+                log.warning("%s: its transparency is left out", self.name)
             self.size = frame.width, frame.height
             pts = frame.pts
             if last is not None:

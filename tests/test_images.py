@@ -581,6 +581,24 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, fault):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
+@pytest.mark.parametrize("name", ["out.png", "out.tiff"])
+def test_a_disk_that_fills_up_among_the_bands_leaves_nothing(tmp_path, name):
+    pytest.importorskip("tifffile")
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from pft_arch.images import ImageError, Picture, write_bands\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\n"
+        "bands = (torch.rand(100, 200, 3) for _ in range(9))\n"
+        "try: write_bands(Picture(torch.rand(4, 4, 3)), bands, 900, 200, sys.argv[1])\n"
+        "except ImageError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, tmp_path / name], cwd=ROOT, capture_output=True, text=True)
+    assert "the disk is full" in run.stdout, run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
 def test_a_disk_that_fills_up_for_real_leaves_what_was_there(tmp_path):
     path = tmp_path / "mine.png"
     path.write_text("precious")

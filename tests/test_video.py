@@ -352,6 +352,32 @@ def test_a_stop_leaves_what_was_there_and_nothing_else(tmp_path, model, short_se
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no file size limits there")
+def test_a_disk_that_fills_up_leaves_what_was_there(tmp_path):
+    make(tmp_path / "in.mp4", size=(64, 64))
+    (tmp_path / "out.mp4").write_text("precious")
+    code = (
+        "import resource, signal, sys\n"
+        "from pft_arch import PFTSR\n"
+        "from pft_arch.video import upscale_video\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "layers = dict(embed_dim=4, num_blocks=(1,), num_heads=1, window_size=4, upsampler='pixelshuffledirect')\n"
+        "try: upscale_video(sys.argv[1] + '/in.mp4', sys.argv[1] + '/out.mp4', PFTSR(scale=2, **layers).eval())\n"
+        "except (ValueError, OSError) as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert "File too large" in run.stdout, run.stderr
+    assert (tmp_path / "out.mp4").read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.mp4", "out.mp4"]
+
+
+def test_that_transparency_is_left_out_is_said(tmp_path, model, caplog):
+    make(tmp_path / "alpha.mkv", codec="ffv1", pixels="yuva420p", frames=1)
+    upscale_video(tmp_path / "alpha.mkv", tmp_path / "out.mkv", model)
+    assert "its transparency is left out" in caplog.text
+
+
 def test_an_open_file_will_do_and_progress_ends_at_the_number_of_frames(tmp_path, model):
     make(tmp_path / "in.mp4", audio=("aac",))
     seen: list[tuple[int, int]] = []
