@@ -32,7 +32,7 @@ from .network import HEAD_CHANNELS, from_config, upsampling_steps
 from .rivals import SPANDREL, published_network, spandrel_network
 
 SEED = 0
-ENOUGH_SECONDS = 20.0  # a network that has been timed for so long takes no further turns
+TURNS, ENOUGH_SECONDS = 3, 20.0  # a network that has had so many turns and so much time takes no further ones
 BUSY = 0.5  # load per core from which times mean little
 # Precision: dtype of weights and image, and whether matrix products and convolutions may use TF32. In half precision
 # that concerns only what stays in float32, the published code, which gets torch's defaults.
@@ -195,13 +195,13 @@ def compare(
 
         for turn in range(repeat):
             for result, run in runs:
-                if result.error or sum(result.seconds) > ENOUGH_SECONDS:
+                if result.error or _had_enough(result):
                     continue
                 with _recorded(result, say):
                     processor = time.process_time()
                     result.seconds.append(timed(run, device))
                     result.processor_seconds.append(time.process_time() - processor)
-                    if turn == repeat - 1 or sum(result.seconds) > ENOUGH_SECONDS:
+                    if turn == repeat - 1 or _had_enough(result):
                         _summarise(result, peak)
                         say(f"{result}: {result.ms_per_megapixel:.4g} ms/MP, median of {len(result.seconds)}")
     runs.clear()
@@ -213,6 +213,10 @@ def compare(
 def _empty_result(case: Case, contender: Contender) -> Result:
     computed_in = case.precision if contender.half or case.precision in ("fp32", "tf32") else "fp32"
     return Result(contender.network, contender.code, contender.backend, **asdict(case), computed_in=computed_in)
+
+
+def _had_enough(result: Result) -> bool:
+    return len(result.seconds) >= TURNS and sum(result.seconds) > ENOUGH_SECONDS
 
 
 @contextmanager
