@@ -19,13 +19,9 @@ def peak_bytes(model: PFTSR, height: int, width: int) -> float:
     tokens = c.window_size**2
     pixels = -(-height // c.window_size) * -(-width // c.window_size) * tokens
     backend = _backend(model)
-    scratch = 0.0
-    if backend == "torch":
-        limit = torch_backend.CPU_GROUP if weight.device.type == "cpu" else torch_backend.GPU_GROUP
-        never_cut = all(keep == tokens for _, keep in c.layers())
-        # a group's scores in float32; beside them its weights, or what it converts or cuts
-        scratch = min(limit, pixels * c.num_heads * tokens) * (4.0 if never_cut and item == 4 else 8.0)
-    return max(_head(c) * item * pixels, _layers(c, item, backend) * pixels + scratch)
+    limit = torch_backend.CPU_GROUP if weight.device.type == "cpu" else torch_backend.GPU_GROUP
+    scores = min(limit, pixels * c.num_heads * tokens)
+    return max(_layers(c, item, backend, pixels, scores), pixels * _head(c) * item)
 
 
 def _backend(model: PFTSR) -> str:
@@ -39,18 +35,23 @@ def _backend(model: PFTSR) -> str:
     return "triton" if name == "triton" and device == "cuda" else "torch"
 
 
-def _layers(c: PFTConfig, item: int, backend: str) -> float:
-    """Bytes per pixel in the layer that needs most."""
+def _layers(c: PFTConfig, item: int, backend: str, pixels: int, scores: int) -> float:
+    """Bytes in the layer that needs most; scores: of a group of the torch backend."""
     n, heads = c.window_size**2, c.num_heads
     tokens = c.embed_dim * item  # one tensor as wide as the tokens
     alive = 4 * tokens  # first features, input of the group and of the layer, the latter's norm
     packed = 3 * heads * -(-c.head_dim // 8) * 8 * item  # Triton's queries, keys and values of all windows
     entry = 2 if item == 2 else 4
+    bias = (heads if c.embed_dim > 100 else 1) * n * n * item
+    never_cut = all(keep == n for _, keep in c.layers())
+    # of one group: scores in float32, and beside them weights, or what is converted or cut
+    group = scores * (4 if never_cut and item == 4 else 8)
     widths, carries, peak = [0, 0], [0.0, 0.0], 0.0  # of either chain: channels of queries while dense; bytes carried
     for shifted, keep in c.layers():
         old, new = carries[shifted], float(heads * keep * (entry + (2 if keep < n else 0)))
         # output, and copies by windows
         work = {"numba": tokens, "torch": 6 * tokens, "triton": tokens}[backend]
+        fixed = bias + group if backend == "torch" else 0
         if widths[shifted] >= 0:
             widths[shifted] += c.head_dim + 4 * shifted if backend != "triton" else packed // (3 * heads * item)
             product = heads * widths[shifted] * item  # queries, or keys, of all layers so far
@@ -58,6 +59,7 @@ def _layers(c: PFTConfig, item: int, backend: str) -> float:
                 new = 2.0 * product
                 work = 4 * tokens + 2 * product if backend != "triton" else tokens + packed
                 both = old + new
+                fixed = 0 if backend == "triton" else bias
             else:
                 work += packed if backend == "triton" else 0
                 both = old + 2 * product + new
@@ -70,7 +72,8 @@ def _layers(c: PFTConfig, item: int, backend: str) -> float:
         carries[shifted] = new
         convolution = 4 * tokens  # output, and the position encoding's input, convolution and result
         feed_forward = alive + tokens + 4 * c.hidden_dim * item
-        peak = max(peak, others + both + work, others + new + convolution, sum(carries) + feed_forward)
+        after = max(others + new + convolution, sum(carries) + feed_forward)
+        peak = max(peak, pixels * (others + both + work) + fixed, pixels * after)
     return peak
 
 

@@ -145,9 +145,9 @@ class PFTSR(nn.Module):
     def _transform(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> same: all groups, H and W multiples of the window."""
         x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous())  # B H W C
-        maps: Maps = (None, None)
+        maps: list[Carry] = [None, None]
         for group in self.layers:
-            x, maps = group(x, maps)
+            x = group(x, maps)
         return self.norm(x).permute(0, 3, 1, 2)
 
     def _reconstruct(self, x: Tensor) -> Tensor:
@@ -341,16 +341,21 @@ class WindowParameters(nn.Module):
 
 
 class ResidualGroup(nn.Module):
-    """Layers, a convolution, and a residual around both; (B, H, W, C) -> same, maps of both chains in and out."""
+    """Layers, a convolution, and a residual around both; (B, H, W, C) -> same.
+
+    The list of both chains' maps is changed in place, so that no caller holds on to maps that are used up.
+    """
 
     def __init__(self, blocks: list[PFTBlock], dim: int, resi_connection: str) -> None:
         super().__init__()
         self.residual_group = nn.ModuleDict({"layers": nn.Sequential(*blocks)})
         self.conv = _group_conv(dim, resi_connection)
 
-    def forward(self, x: Tensor, maps: Maps) -> tuple[Tensor, Maps]:
-        deep, maps = self.residual_group["layers"]((x, maps))
-        return self.conv(deep.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + x, maps
+    def forward(self, x: Tensor, maps: list[Carry]) -> Tensor:
+        deep = x
+        for block in self.residual_group["layers"].children():
+            deep, maps[:] = block((deep, (maps[0], maps[1])))
+        return self.conv(deep.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + x
 
 
 class PatchNorm(nn.Module):

@@ -48,5 +48,5 @@ def relative_position_bias(table: Tensor, window: int) -> Tensor:
     The offset of key from query selects the row, so every query's bias is a w x w view of the table, mirrored.
     """
     square = table.view(2 * window - 1, 2 * window - 1, -1)
-    views = square.unfold(0, window, 1).unfold(1, window, 1).flip(-2, -1)  # (w, w, heads, w, w)
-    return rearrange(views, "p q h r s -> h (p q) (r s)")
+    views = square.unfold(0, window, 1).unfold(1, window, 1)  # (w, w, heads, w, w)
+    return rearrange(rearrange(views, "p q h r s -> h p q r s").flip(-2, -1), "h p q r s -> h (p q) (r s)")
