@@ -1,6 +1,7 @@
 """Put trained weights into the pack: metadata completed, catalogue entry written.
 
 python tools/bundle.py runs/light_x2/best.safetensors light_x2
+python tools/bundle.py runs/light_x3/best.safetensors light_x3 "after those of light_x2"
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def main() -> None:
     source, name = Path(sys.argv[1]), sys.argv[2]
     facts = describe(source)
     reached = json.loads(facts["metadata"]["training"])["reached"]
-    training = f"{DATA}; {reached['iteration']} iterations; Set5 {reached['psnr_y']:.2f} dB PSNR-Y while training"
+    before = " " + sys.argv[3] if len(sys.argv) > 3 else ""
+    training = f"{DATA}; {reached['iteration']:,} iterations{before}; Set5 {reached['psnr_y']:.2f} dB PSNR-Y while training"
     target = BUNDLED / f"{name}.safetensors"
     metadata = {**facts["metadata"], "name": name, "licence": LICENCE, "citation": CITATION, "data": DATA}
     save_model(load_model(source), target, metadata)
