@@ -24,7 +24,8 @@ def main() -> None:
     facts = describe(source)
     reached = json.loads(facts["metadata"]["training"])["reached"]
     before = " " + sys.argv[3] if len(sys.argv) > 3 else ""
-    training = f"{DATA}; {reached['iteration']:,} iterations{before}; Set5 {reached['psnr_y']:.2f} dB PSNR-Y while training"
+    steps = f"{reached['iteration']:,} iterations{before}"
+    training = f"{DATA}; {steps}; Set5 {reached['psnr_y']:.2f} dB PSNR-Y while training"
     target = BUNDLED / f"{name}.safetensors"
     metadata = {**facts["metadata"], "name": name, "licence": LICENCE, "citation": CITATION, "data": DATA}
     save_model(load_model(source), target, metadata)
