@@ -17,6 +17,7 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -178,7 +179,8 @@ def compare(
     results: list[Result] = []
     runs: list[tuple[Result, Callable[[], Tensor]]] = []
     pictures: dict[str, Tensor] = {}
-    with _precision(case.precision), torch.inference_mode():
+    with _precision(case.precision), torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a torch newer than the networks
         for contender in networks:
             result = _empty_result(case, contender)
             results.append(result)

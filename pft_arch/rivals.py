@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,23 +126,21 @@ def published_network(checkout: Path, config: PFTConfig, device: torch.device) -
     if config.norm_type != "layer_norm" or not config.use_lepe:
         raise RivalError("the published code has layer norm and LePE only")
     module = _import_published(checkout, plain=device.type != "cuda")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a torch newer than theirs
-        network: nn.Module = module.PFT(
-            upscale=config.scale,
-            in_chans=config.in_channels,
-            embed_dim=config.embed_dim,
-            depths=config.num_blocks,
-            num_heads=config.num_heads,
-            num_topk=config.top_k,
-            window_size=config.window_size,
-            convffn_kernel_size=config.kernel_size,
-            mlp_ratio=config.mlp_ratio,
-            qkv_bias=config.qkv_bias,
-            img_range=config.img_range,
-            upsampler=config.upsampler,
-            resi_connection=config.resi_connection,
-        )
+    network: nn.Module = module.PFT(
+        upscale=config.scale,
+        in_chans=config.in_channels,
+        embed_dim=config.embed_dim,
+        depths=config.num_blocks,
+        num_heads=config.num_heads,
+        num_topk=config.top_k,
+        window_size=config.window_size,
+        convffn_kernel_size=config.kernel_size,
+        mlp_ratio=config.mlp_ratio,
+        qkv_bias=config.qkv_bias,
+        img_range=config.img_range,
+        upsampler=config.upsampler,
+        resi_connection=config.resi_connection,
+    )
     return network
 
 
