@@ -239,6 +239,7 @@ class PFTSRUpscaleVideo(io.ComfyNode):
         width, height = video.get_dimensions()
         bring_to_device(model, tile_room(model.model, height, width, tile))
         target = temporary_file()
+        display = Display()
         with video_source(video) as source:
             upscale_video(
                 source,
@@ -247,8 +248,9 @@ class PFTSRUpscaleVideo(io.ComfyNode):
                 tile=tile,
                 overlap=overlap,
                 quality=quality,
-                progress=Display().progress,
+                progress=display.progress,
                 check_cancel=check_cancel,
+                preview=display.preview,
             )
         return io.NodeOutput(InputImpl.VideoFromFile(str(target)))
 

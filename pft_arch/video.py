@@ -99,6 +99,7 @@ def upscale_video(
     resume: str = "",
     progress: Callable[[int, int], None] | None = None,
     check_cancel: Callable[[], None] | None = None,
+    preview: Callable[[torch.Tensor], None] | None = None,
 ) -> None:
     """Enlarge the frames of a video, by the model's factor unless told; keep its timing, colours and other streams.
 
@@ -121,6 +122,7 @@ def upscale_video(
             with the same name and target goes on from there. Empty: nothing is left and nothing is used.
         progress: called as progress(done, total) in frames; total is an estimate until the end.
         check_cancel: called before each pass through the network; what it raises stops the work and passes through.
+        preview: as for `upscale`.
 
     Raises:
         VideoError: no PyAV, no video in the source, a source that cannot be read or a target that cannot be written.
@@ -151,7 +153,7 @@ def upscale_video(
                 with replacing(segments[-1]) as path, path.open("wb") as out:
                     context = av.CodecContext.create(encoder.encoder, "w")
                     picture.set_up(context, encoder, video)
-                    for frame in _larger(segment, model, aim, tile, overlap, check_cancel):
+                    for frame in _larger(segment, model, aim, tile, overlap, check_cancel, preview):
                         _store(out, context.encode(picture.frame(frame, context)))
                         done += 1
                         if progress:
@@ -410,6 +412,7 @@ def _larger(
     tile: int,
     overlap: int,
     check_cancel: Callable[[], None] | None,
+    preview: Callable[[torch.Tensor], None] | None,
 ) -> Iterator[Frame]:
     """The frames, enlarged; small ones several at a time."""
     for first in frames:
@@ -417,7 +420,9 @@ def _larger(
         batch = [first, *islice(frames, max(1, BATCH_PIXELS // (height * width)) - 1)]
         top = np.iinfo(first.values.dtype).max
         images = torch.from_numpy(np.stack([frame.values for frame in batch]).astype(np.float32)).div_(top)
-        larger = upscale_to(images, model, aim, tile=tile, overlap=overlap, check_cancel=check_cancel)
+        larger = upscale_to(
+            images, model, aim, tile=tile, overlap=overlap, check_cancel=check_cancel, preview=preview
+        )
         for frame, values in zip(batch, (larger * top).round_().numpy(), strict=True):
             yield replace(frame, values=values.astype(frame.values.dtype))
 

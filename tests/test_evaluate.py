@@ -24,7 +24,7 @@ from pft_arch.metrics import psnr_y, ssim_y
 from pft_arch.network import PFTSR
 from pft_arch.resize import imresize, shrink
 from pft_arch.train import interpolate_at_first
-from pft_arch.upscale import upscale, upscale_ensemble
+from pft_arch.upscale import upscale
 from pft_arch.weights import save_model
 
 PHOTO = read_rgb(Path(__file__).parent / "data" / "photo.png")
@@ -205,35 +205,6 @@ def test_benchmark(model: PFTSR) -> None:
 
 
 # ---------------------------------------------------------------------------------- ensemble
-
-
-def test_ensemble_is_the_mean_over_8_positions(model: PFTSR) -> None:
-    image = tensor(PHOTO[:20, :28])[None]
-    outs = []
-    for turns in range(4):
-        for mirror in (False, True):
-            out = upscale(torch.rot90(image.flip(2) if mirror else image, turns, (1, 2)), model)
-            out = torch.rot90(out, -turns, (1, 2))
-            outs.append(out.flip(2) if mirror else out)
-    together = upscale_ensemble(image, model)
-    assert together.shape == (1, 40, 56, 3)
-    assert torch.allclose(together, torch.stack(outs).mean(0), atol=1e-6)
-    assert not torch.allclose(together, outs[0], atol=1e-3)
-    # and so it turns with the image
-    turned = upscale_ensemble(torch.rot90(image, 1, (1, 2)), model)
-    assert torch.allclose(torch.rot90(turned, -1, (1, 2)), together, atol=1e-6)
-
-
-def test_ensemble_reports_tiles_of_all_positions_and_passes_options_on(model: PFTSR) -> None:
-    calls: list[tuple[int, int]] = []
-    image = tensor(PHOTO[:20, :28])[None]
-    upscale_ensemble(image, model, tile=8, overlap=4, progress=lambda done, total: calls.append((done, total)))
-    total = calls[-1][1]
-    assert total > 8
-    assert calls[-1] == (total, total)
-    assert calls == sorted(calls)
-    with pytest.raises(ValueError, match="cannot be negative"):
-        upscale_ensemble(image, model, tile=-1)
 
 
 def test_ensemble_on_the_command_line(run: Run) -> None:

@@ -473,6 +473,7 @@ def test_a_video_keeps_its_frames_timing_and_sound(host: Host, models: Path, cli
     assert sound.shape[1] / 48000 == pytest.approx(0.8, abs=0.05)
     assert sound.std() > 0.1
     assert progress(run)[-1]["value"] == progress(run)[-1]["max"] == 8
+    assert {picture.size for picture in run.previews} == {(88, 72)}
 
 
 def test_a_part_of_a_video_and_one_made_of_images_are_videos_too(host: Host, clip: str, photo: Image.Image) -> None:

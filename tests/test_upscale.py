@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pft_arch import PFTSR, create_pft_sr, upscale
-from pft_arch.upscale import _Runner, auto_tile, tile_grid
+from pft_arch.upscale import _Runner, auto_tile, tile_grid, upscale_ensemble
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +259,48 @@ def create_like(model: PFTSR) -> PFTSR:
     other = PFTSR(embed_dim=8, num_blocks=(2,), num_heads=2, window_size=4).eval()
     other.load_state_dict(model.state_dict())
     return other
+
+
+def test_ensemble_is_the_mean_over_8_positions(model: PFTSR, photo: Tensor) -> None:
+    image = photo[:, :20, :28]
+    outs = []
+    for turns in range(4):
+        for mirror in (False, True):
+            out = upscale(torch.rot90(image.flip(2) if mirror else image, turns, (1, 2)), model)
+            out = torch.rot90(out, -turns, (1, 2))
+            outs.append(out.flip(2) if mirror else out)
+    together = upscale_ensemble(image, model)
+    assert together.shape == (1, 40, 56, 3)
+    assert torch.allclose(together, torch.stack(outs).mean(0), atol=1e-6)
+    assert not torch.allclose(together, outs[0], atol=1e-3)
+    # and so it turns with the image
+    turned = upscale_ensemble(torch.rot90(image, 1, (1, 2)), model)
+    assert torch.allclose(torch.rot90(turned, -1, (1, 2)), together, atol=1e-6)
+
+
+def test_ensemble_reports_tiles_of_all_positions_and_passes_options_on(model: PFTSR, photo: Tensor) -> None:
+    calls: list[tuple[int, int]] = []
+    image = photo[:, :20, :28]
+    upscale_ensemble(image, model, tile=8, overlap=4, progress=lambda done, total: calls.append((done, total)))
+    total = calls[-1][1]
+    assert total > 8
+    assert calls[-1] == (total, total)
+    assert calls == sorted(calls)
+    with pytest.raises(ValueError, match="cannot be negative"):
+        upscale_ensemble(image, model, tile=-1)
+
+
+def test_previews_show_the_colours_as_far_as_they_are(model: PFTSR, photo: Tensor) -> None:
+    image = torch.cat([photo, photo[..., :1]], -1)
+    seen: list[float] = []
+
+    def preview(picture: Tensor) -> None:
+        assert picture.shape == (288, 384, 3)
+        seen.append(float((picture > 0).any(-1).float().mean()))
+
+    upscale(image, model, tile=64, overlap=16, preview=preview)
+    assert 0.05 < seen[0] < 0.5
+    assert max(seen) > 0.99
 
 
 def test_automatic_tiles_are_whole_windows_and_at_least_two() -> None:
