@@ -161,20 +161,15 @@ class PFTSRUpscale(io.ComfyNode):
         tile: int,
         overlap: int,
         resize: str = "model scale",
-        factor: float = 2.0,
-        megapixels: float = 4.0,
-        width: int = 1920,
-        height: int = 1080,
         ensemble: bool = False,
         precision: str = AS_LOADED,
+        **size: Any,
     ) -> io.NodeOutput:
         from .pft_arch.target import plan, upscale_to
 
         model = pft_model(upscale_model, precision)
         frames, rows, columns, channels = image.shape
-        how = plan(
-            (rows, columns), model.scale, resize, factor=factor, megapixels=megapixels, width=width, height=height
-        )
+        how = plan((rows, columns), model.scale, resize, **size)
         check_host_memory(how.host_bytes(frames, channels))
         if how.passes:
             bring_to_device(model, tile_room(model.model, rows, columns, tile))
@@ -202,7 +197,7 @@ class PFTSRUpscaleVideo(io.ComfyNode):
             node_id="PFTSRUpscaleVideo",
             display_name="PFT-SR Upscale Video",
             category=CATEGORY,
-            description="Enlarges a video with a PFT-SR model, frame by frame from file to file, so that a long video "
+            description="Enlarges a video to any size with a PFT-SR model, frame by frame, so that a long video "
             "takes no more memory than a short one. Sound, subtitles and timing are kept.",
             inputs=[
                 upscale_model_input(),
@@ -217,6 +212,7 @@ class PFTSRUpscaleVideo(io.ComfyNode):
                     "can hardly be told from the frames themselves, 23 is common for the web, 0 loses nothing.",
                 ),
                 precision_override(),
+                *target_inputs(),
             ],
             outputs=[io.Video.Output(tooltip="The enlarged video, for Save Video. Its file is a temporary one.")],
         )
@@ -232,7 +228,10 @@ class PFTSRUpscaleVideo(io.ComfyNode):
         overlap: int,
         quality: int,
         precision: str = AS_LOADED,
+        resize: str = "model scale",
+        **size: Any,
     ) -> io.NodeOutput:
+        from .pft_arch.target import plan
         from .pft_arch.video import upscale_video
 
         model = pft_model(upscale_model, precision)
@@ -248,6 +247,7 @@ class PFTSRUpscaleVideo(io.ComfyNode):
                 tile=tile,
                 overlap=overlap,
                 quality=quality,
+                size=lambda source: plan(source, model.scale, resize, **size),
                 progress=display.progress,
                 check_cancel=check_cancel,
                 preview=display.preview,

@@ -420,9 +420,7 @@ def _larger(
         batch = [first, *islice(frames, max(1, BATCH_PIXELS // (height * width)) - 1)]
         top = np.iinfo(first.values.dtype).max
         images = torch.from_numpy(np.stack([frame.values for frame in batch]).astype(np.float32)).div_(top)
-        larger = upscale_to(
-            images, model, aim, tile=tile, overlap=overlap, check_cancel=check_cancel, preview=preview
-        )
+        larger = upscale_to(images, model, aim, tile=tile, overlap=overlap, check_cancel=check_cancel, preview=preview)
         for frame, values in zip(batch, (larger * top).round_().numpy(), strict=True):
             yield replace(frame, values=values.astype(frame.values.dtype))
 

@@ -489,9 +489,10 @@ def test_a_part_of_a_video_and_one_made_of_images_are_videos_too(host: Host, cli
     }
     workflow["images"] = {"class_type": "RepeatImageBatch", "inputs": {"image": ["image", 0], "amount": 3}}
     workflow["part"] = {"class_type": "CreateVideo", "inputs": {"images": ["images", 0], "fps": 5.0}}
+    workflow["upscale"]["inputs"].update(resize="fill and crop", width=66, height=66)
     frames = frames_of(saved(host, host.run(workflow)))
     assert [time for time, _ in frames] == pytest.approx([0, 0.2, 0.4])
-    assert frames[0][1].shape == (72, 88, 3)
+    assert frames[0][1].shape == (66, 66, 3)
     workflow["image"]["inputs"]["image"] = host.add_input("odd.png", photo)
     assert "45 x 37 pixels" in host.run(workflow).error
 
