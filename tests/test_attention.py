@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from conftest import Golden, golden_files
-from pft_arch import load_model
+from pft_arch import attention, load_model
 from pft_arch.attention import BACKENDS, get_backend, reference, torch_backend
 from pft_arch.attention.windows import (
     from_windows,
@@ -104,6 +108,18 @@ def test_every_backend_hands_gradients_on(name: str) -> None:
         strict=True,
     ):
         assert torch.allclose(got, want, atol=1e-4)
+
+
+def test_compiled_kernels_need_no_folder_to_write_to(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    copytree(Path(attention.__file__).parents[1], tmp_path / "pft_arch", ignore=ignore_patterns("__pycache__"))
+    (tmp_path / "pft_arch" / "attention" / "__pycache__").touch()  # a file where the folder would be
+    (tmp_path / "home").touch()
+    home = {name: str(tmp_path / "home") for name in ("HOME", "USERPROFILE", "LOCALAPPDATA", "XDG_CACHE_HOME")}
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    run = [sys.executable, "-c", "from pft_arch.attention import get_backend; print(get_backend('numba'))"]
+    got = subprocess.run(run, cwd=tmp_path, env=environment | home, capture_output=True, text=True, check=False)
+    assert "function attend" in got.stdout, got.stderr
 
 
 @pytest.mark.parametrize("limit", [1, 2**9, 2**12])

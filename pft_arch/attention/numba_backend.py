@@ -130,7 +130,16 @@ def _bias_rows(table: Tensor, window: int) -> Tensor:
     return square.unfold(2, window, 1).permute(0, 2, 1, 3).flip(1).flatten(2)
 
 
-@njit(fastmath=True, cache=True, nogil=True, error_model="numpy")
+def _compiled(function: Callable[..., None]) -> Any:
+    """As njit, kept on disk for the next process: beside this file, else in the user's cache, else nowhere."""
+    options = {"fastmath": True, "nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # there is no folder to write to
+        return njit(**options)(function)
+
+
+@_compiled
 def _kernel(  # type: ignore[no-untyped-def]
     qkv, dense_q, dense_k, biases, out, carry, index,
     height, width, window, shift, kept, keep, has_carry, has_index, first, last,
