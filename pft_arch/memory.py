@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .attention import torch_backend
+from .attention import on_device, torch_backend
 from .attention.chain import TOKENS_PER_CHANNEL
 from .config import PFTConfig
 from .network import HEAD_CHANNELS, PFTSR, ProgressiveFocusedAttention
@@ -26,10 +26,10 @@ def peak_bytes(model: PFTSR, height: int, width: int) -> float:
 
 def _backend(model: PFTSR) -> str:
     """What will compute the attention: torch, numba or triton."""
-    attend = next(module.attend for module in model.modules() if isinstance(module, ProgressiveFocusedAttention))
-    name = attend.__module__.rpartition(".")[2].removesuffix("_backend")
     weight = next(model.parameters())
     device = weight.device.type
+    attend = next(module.attend for module in model.modules() if isinstance(module, ProgressiveFocusedAttention))
+    name = on_device(attend, device).__module__.rpartition(".")[2].removesuffix("_backend")
     if name == "numba" and device == "cpu" and weight.element_size() == 4:
         return "numba"
     return "triton" if name == "triton" and device == "cuda" else "torch"
@@ -41,14 +41,13 @@ def _layers(c: PFTConfig, item: int, backend: str, pixels: int, scores: int) -> 
     tokens = c.embed_dim * item  # one tensor as wide as the tokens
     alive = 4 * tokens  # first features, input of the group and of the layer, the latter's norm
     packed = 3 * heads * -(-c.head_dim // 8) * 8 * item  # Triton's queries, keys and values of all windows
-    entry = 2 if item == 2 else 4
     bias = (heads if c.embed_dim > 100 else 1) * n * n * item
     never_cut = all(keep == n for _, keep in c.layers())
     # of one group: scores in float32, and beside them weights, or what is converted or cut
     group = scores * (4 if never_cut and item == 4 else 8)
     widths, carries, peak = [0, 0], [0.0, 0.0], 0.0  # of either chain: channels of queries while dense; bytes carried
     for shifted, keep in c.layers():
-        old, new = carries[shifted], float(heads * keep * (entry + (2 if keep < n else 0)))
+        old, new = carries[shifted], float(heads * keep * (item + (2 if keep < n else 0)))
         # output, and copies by windows
         work = {"numba": tokens, "torch": 6 * tokens, "triton": tokens}[backend]
         fixed = bias + group if backend == "torch" else 0

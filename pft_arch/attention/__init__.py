@@ -16,10 +16,13 @@ The mathematics: paper (arXiv 2503.20337) section 3.2, and the log-domain form i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Carry = Any
@@ -33,14 +36,18 @@ BACKENDS = {
     "triton": "triton_backend",
 }
 
+log = logging.getLogger("pft_sr")
+
 
 def get_backend(name: str) -> Attend:
-    """The attention function of that name; "auto" is the one that serves everywhere.
+    """The attention function of that name; "auto" is the fastest that serves the device of the picture.
 
     Raises:
         ValueError: there is no backend of that name, or a package that it needs is missing.
     """
-    module = BACKENDS.get("torch" if name == "auto" else name)
+    if name == "auto":
+        return _automatic
+    module = BACKENDS.get(name)
     if module is None:
         raise ValueError(f"there is no attention backend {name!r}; choose one of auto, {', '.join(BACKENDS)}")
     try:
@@ -48,3 +55,30 @@ def get_backend(name: str) -> Attend:
     except ImportError as error:
         raise ValueError(f"the attention backend {name!r} needs a package that is missing: {error}") from error
     return attend
+
+
+def on_device(attend: Attend, device: str) -> Attend:
+    """What a backend comes down to on a device of that type: itself, unless it is "auto"."""
+    return _fastest(device) if attend is _automatic else attend
+
+
+def _automatic(qkv: Tensor, table: Tensor, carry: Carry, **options: Any) -> tuple[Tensor, Carry]:
+    """The attention function that suits the device, which is known only now."""
+    return _fastest(qkv.device.type)(qkv, table, carry, **options)
+
+
+@lru_cache
+def _fastest(device: str) -> Attend:
+    """numba on a CPU, where it is installed; Triton on a GPU of NVIDIA's likewise, whose absence is told once (it hands
+    over to torch itself, should it not run); else torch."""
+    if device == "cpu":
+        try:
+            return get_backend("numba")
+        except Exception as error:  # a broken install may raise anything
+            log.debug("attention runs in plain torch: %s", error)
+    if device == "cuda" and torch.version.hip is None:
+        try:
+            return get_backend("triton")
+        except Exception as error:
+            log.warning("attention runs in plain torch, which is slower: %s", error)
+    return get_backend("torch")
