@@ -53,14 +53,15 @@ class Codec:
     encoder: str  # FFmpeg's name
     quality: int | None = None  # default constant rate factor, where it has one: near-lossless, as for images
     options: Mapping[str, str] = field(default_factory=dict)
+    worst: int = 51  # the rate factors end here
     min_side: int = 1
 
 
 CODECS: Mapping[str, Codec] = {
     "h264": Codec("libx264", 16),
     "h265": Codec("libx265", 18, {"x265-params": "log-level=error"}, min_side=64),  # below, x265 4.2 spoils the heap
-    "av1": Codec("libsvtav1", 20, min_side=64),
-    "vp9": Codec("libvpx-vp9", 20, {"row-mt": "1"}),
+    "av1": Codec("libsvtav1", 20, worst=63, min_side=64),
+    "vp9": Codec("libvpx-vp9", 20, {"row-mt": "1"}, worst=63),
     "ffv1": Codec("ffv1"),  # lossless
     "prores": Codec("prores_ks", options={"profile": "3"}),
 }
@@ -188,6 +189,10 @@ def pick_codec(target: Path, codec: str, quality: int | None) -> tuple[str, Code
         raise VideoError(f"{target}: this PyAV has no encoder for it ({encoders}). Try another codec or ending.")
     chosen = CODECS[usable[0]]
     options = dict(chosen.options)
+    if quality is not None and not 0 <= quality <= chosen.worst:
+        raise VideoError(
+            f"{target}: the quality of {usable[0]} goes from 0 to {chosen.worst}, and {quality} is outside."
+        )
     if chosen.quality is not None:
         options["crf"] = str(chosen.quality if quality is None else quality)
     elif quality is not None:
@@ -233,7 +238,7 @@ def _work_folder(target: Path, resume: str) -> Iterator[Path]:
     try:
         yield work
     except BaseException:
-        if not resume:
+        if not resume or not _whole_segments(work):
             shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work)

@@ -274,16 +274,18 @@ def test_a_file_that_is_not_ours_is_kept_when_going_on(run):
 
 
 @pytest.mark.parametrize("name", ["in.png", "in.tiff"])
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "opaque"])
 def test_a_large_image_gives_the_same_file_in_bands(run, monkeypatch, name, mode):
     pytest.importorskip("tifffile")
-    make(name, size=(45, 60), mode=mode, dpi=(300, 300))
+    make(name, size=(45, 60), mode="RGB" if mode == "opaque" else mode, dpi=(300, 300))
+    if mode == "opaque":
+        Image.open(name).convert("RGBA").save(name, dpi=(300, 300))
     tiles = ("--tile", "16", "--overlap", "4")
     assert run(name, "-o", f"whole_{name}", *tiles)[0] == 0
     monkeypatch.setattr(cli_upscale, "STREAM_PIXELS", 100)
     assert run(name, "-o", f"bands_{name}", *tiles)[0] == 0
     whole, bands = images.read_image(f"whole_{name}"), images.read_image(f"bands_{name}")
-    assert whole.pixels.shape == (120, 90, len(mode))
+    assert whole.pixels.shape == (120, 90, 4 if mode == "opaque" else len(mode))
     assert (whole.pixels - bands.pixels).abs().max() <= 1 / 255  # a rounding at most, where alpha is taken apart
     assert [round(x) for x in bands.dpi] == [300, 300]
 
@@ -316,6 +318,14 @@ def test_a_large_image_needs_no_floating_point_copy_of_it(tmp_path):
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (8000, 5000)
         assert image.crop((0, 4000, 8000, 4001)).getcolors() == [(8000, (90, 30, 200))]
+
+
+def test_images_larger_than_is_sensible_are_refused(run, monkeypatch):
+    make("in.png", size=(50, 50))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # put back afterwards
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    code, _, err = run("in.png", "-o", "out.png")
+    assert code == 1 and "larger than is sensible" in err
 
 
 # ---------------------------------------------------------------------------------- videos

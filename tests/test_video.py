@@ -410,9 +410,11 @@ def test_what_cannot_be_done_is_said_before_the_work(tmp_path, model, monkeypatc
         ("tiny.mp4", "out.mp4", "h265", "needs 64 pixels a side"),
     ):
         with pytest.raises(VideoError, match=reason):
-            upscale_video(tmp_path / source, tmp_path / target, model, codec=codec)
+            upscale_video(tmp_path / source, tmp_path / target, model, codec=codec, resume="job")
     with pytest.raises(VideoError, match="no quality to choose"):
         upscale_video(tmp_path / "in.mp4", tmp_path / "out.mkv", model, codec="ffv1", quality=3)
+    with pytest.raises(VideoError, match="quality of h264 goes from 0 to 51, and 52 is outside"):
+        upscale_video(tmp_path / "in.mp4", tmp_path / "out.mp4", model, quality=52)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith((".", "out"))]
 
 

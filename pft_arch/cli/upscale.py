@@ -298,7 +298,11 @@ def bands_of(picture: Picture, model: PFTSR, progress: Callable[[int, int], None
 
     if channels < 4:
         return plane(0, channels, progress=progress)
-    colours, alpha = plane(0, 3, progress=progress), plane(3, 4)
+    colours, stored = plane(0, 3, progress=progress), values[..., 3:].numpy()
+    if stored.min() == stored.max():  # one opacity everywhere, as most have, needs no network
+        level = float(stored.max()) / top
+        return (torch.cat((band, torch.full_like(band[..., :1], level)), dim=2) for band in colours)
+    alpha = plane(3, 4)
     return (torch.cat(parts, dim=2) for parts in zip(colours, alpha, strict=True))
 
 
