@@ -1,27 +1,102 @@
-"""The attention chain on a GPU: one fused Triton kernel per layer, in the log domain (see `chain`). Needs triton.
+"""The attention chain on a GPU: fused Triton kernels, forward and backward, in the log domain (see `chain`).
 
-A program takes some rows of queries of one window and head. It gathers the kept keys (of which a window's all fit in
-the first-level cache), adds carry and bias, takes the softmax, bisects on the bits of the logits for the cut, writes
-the new carry, and multiplies with v: no map ever leaves the registers.
+Needs triton. Three kinds of layer, each one kernel forward:
 
-For inference; gradients and dropout are the torch backend's. `TRITON_INTERPRET=1` runs the same source on a CPU.
+    dense    nothing cut and no map kept: the carry is queries and keys of all layers so far, side by side
+    rows     all keys of the window, from queries and keys so far or on a dense map, cut or not
+    sparse   kept entries only: float16 or float32 logits and int16 indices
+
+In half precision the carry is float16 for inference; in training, and in float32, it is float32. Backward recomputes
+the map from the row's logarithm of the sum of exponentials; what a cut took is remembered as one bit per entry.
+
+What the kernels do not serve goes to the torch backend: other devices, float64, dropout, windows above 32. So does
+everything after a kernel failed to compile or to start, with one line of log. `TRITON_INTERPRET=1` runs the same
+source on a CPU. See docs/kernels.md.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import torch_backend
-from .chain import FlatCarry, attend_by
+from . import chain, torch_backend, triton_kernels
+from .chain import FlatCarry
 
-TILE = 4096  # logits that one program holds
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_WINDOW = 32  # `rows` holds whole rows of a map in registers
+SPARSE_TILE = 512  # kept entries of one program of `sparse`, which is one warp: reductions then need no barrier
+BACKWARD_TILE = 256
+COPIES = 16  # of the table's gradient, so that fewer programs add to one address
+ROUNDS = 16  # window-heads that a program of `table_backward` sums before it adds to the table's gradient
+
+log = logging.getLogger("pft_sr")
+
+
+class KernelError(RuntimeError):
+    """A kernel could not be compiled or started; its cause says why."""
+
+
+@dataclass(frozen=True)
+class DenseCarry:
+    """Nothing cut yet: logits are q k^T / sqrt(d) + bias(table) and the mask between regions.
+
+    q, k: (B * windows * heads, n, channels of all layers so far, each padded to 8); table: sum of the layers' tables.
+    """
+
+    q: Tensor
+    k: Tensor
+    table: Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One layer's shapes. down, across: windows of the image; width: channels of a head, d."""
+
+    heads: int
+    width: int
+    window: int
+    shift: int
+    down: int
+    across: int
+
+    @property
+    def tokens(self) -> int:
+        return self.window**2
+
+    @property
+    def stride(self) -> int:
+        """Channels of a packed token: aligned words of 16 bytes in every dtype."""
+        return -(-self.width // 8) * 8
+
+    def image(self, like: Tensor, flat: int, channels: int) -> Tensor:
+        """An unwritten image (images, H, W, channels) of `flat` window-heads."""
+        images = flat // (self.heads * self.down * self.across)
+        return like.new_empty(images, self.down * self.window, self.across * self.window, channels)
+
+    def constants(self, table: Tensor) -> dict[str, Any]:
+        """Arguments that every attention kernel takes."""
+        return {
+            "DOWN": self.down,
+            "ACROSS": self.across,
+            "SHIFT": self.shift,
+            "HEADS": self.heads,
+            "BIAS_HEADS": table.shape[0],
+            "N": self.tokens,
+            "D": self.width,
+            "S": self.stride,
+            "WINDOW": self.window,
+            "SCALE": self.width**-0.5,
+        }
+
+
+failure = ""  # why the kernels are out of use in this process; empty while they serve
 
 
 def attend(
@@ -36,154 +111,274 @@ def attend(
     dropout: float = 0.0,
 ) -> tuple[Tensor, Any]:
     """See the package's docstring for arguments and result."""
-    options: dict[str, Any] = {
-        "heads": heads,
-        "window": window,
-        "shift": shift,
-        "keep": keep,
-        "dropout": dropout,
-    }
-    fits = (qkv.is_cuda or INTERPRETED) and qkv.dtype != torch.float64 and not dropout
-    if not fits or (torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)):
-        return torch_backend.attend(qkv, table, carry, **options)
-    return attend_by(_layer, qkv, table, carry, **options)
-
-
-def _layer(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    table: Tensor,
-    carry: FlatCarry | None,
-    window: int,
-    keep: int,
-    dropout: float,  # always 0 here
-) -> tuple[Tensor, FlatCarry]:
-    """See `chain.attend_by`."""
-    windows, heads, n, d = v.shape
-    flat = windows * heads
-    half = v.dtype in (torch.float16, torch.bfloat16)
-    kept = carry.logits.shape[-1] if carry else n
-    indices = carry.indices if carry else None
-    q, k, v = (x.flatten(0, 1).contiguous() for x in (q, k, v))
-    out = torch.empty_like(v)
-    new = FlatCarry(
-        torch.empty(flat, n, keep, dtype=torch.float16 if half else torch.float32, device=v.device),
-        torch.empty(flat, n, keep, dtype=torch.int16, device=v.device) if keep < n else None,
+    global failure
+    height, width, channels = qkv.shape[1:]
+    geometry = Geometry(heads, channels // (3 * heads), window, shift, height // window, width // window)
+    served = (qkv.is_cuda or INTERPRETED) and qkv.dtype != torch.float64 and not dropout and window <= MAX_WINDOW
+    if served and not failure:
+        try:
+            return layer(qkv, table, carry, geometry, keep)
+        except KernelError as error:
+            failure = str(error.__cause__) or repr(error.__cause__)
+            log.warning("%s; attention goes on in plain torch, which is slower: %s", error, failure.splitlines()[0])
+    carry = _for_torch(carry, geometry)
+    return torch_backend.attend(
+        qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout
     )
-    columns = triton.next_power_of_2(kept)
-    rows = max(1, min(triton.next_power_of_2(n), TILE // columns))
-    _kernel[(flat, triton.cdiv(n, rows))](
-        q,
-        k,
-        v,
-        carry.logits if carry else q,
-        indices if indices is not None else q,
-        table.float().T.contiguous(),
-        out,
-        new.logits,
-        new.indices if new.indices is not None else q,
-        BIAS_HEADS=table.shape[1],
-        N=n,
-        D=q.shape[-1],
-        DV=d,
-        WINDOW=window,
-        KEPT=kept,
-        KEEP=keep,
-        ROWS=rows,
-        COLUMNS=columns,
-        HAS_CARRY=carry is not None,
-        HAS_INDEX=indices is not None,
-    )
-    return out.unflatten(0, (windows, heads)), new
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _kernel(  # type: ignore[no-untyped-def]
-    q_ptr,  # [B, N, D] scaled
-    k_ptr,  # [B, N, D]
-    v_ptr,  # [B, N, DV]
-    carry_ptr,  # [B, N, KEPT]
-    index_ptr,  # [B, N, KEPT]
-    table_ptr,  # [BIAS_HEADS, (2 WINDOW - 1)^2]
-    out_ptr,  # [B, N, DV]
-    new_carry_ptr,  # [B, N, KEEP]
-    new_index_ptr,  # [B, N, KEEP]
-    BIAS_HEADS: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    WINDOW: tl.constexpr,
-    KEPT: tl.constexpr,
-    KEEP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    HAS_CARRY: tl.constexpr,
-    HAS_INDEX: tl.constexpr,
-):
-    SPAN: tl.constexpr = 2 * WINDOW - 1
-    i_b = tl.program_id(0).to(tl.int64)
-    o_i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    o_t = tl.arange(0, COLUMNS)
-    m_i = o_i < N
-    mask = m_i[:, None] & (o_t < KEPT)[None, :]
-    p_kept = (i_b * N + o_i[:, None]) * KEPT + o_t[None, :]
+def layer(qkv: Tensor, table: Tensor, carry: Any, geometry: Geometry, keep: int) -> tuple[Tensor, Any]:
+    """`attend` by kernels, whatever the device.
 
-    # [ROWS, COLUMNS] keys still kept
-    if HAS_INDEX:
-        o_j = tl.load(index_ptr + p_kept, mask=mask, other=0).to(tl.int32)
-    else:
-        o_j = tl.broadcast_to(o_t[None, :], (ROWS, COLUMNS))
-    m_j = mask & (o_j < N)
+    Raises:
+        KernelError: one could not be compiled or started.
+    """
+    qkv = qkv.contiguous()
+    half = qkv.dtype != torch.float32 and not torch.is_grad_enabled()
+    dtype = torch.float16 if half else torch.float32
+    if isinstance(carry, FlatCarry) and carry.indices is not None:
+        out, logits, indices = _Sparse.apply(qkv, table, carry.logits, carry.indices, geometry, keep, dtype)
+        return out, FlatCarry(logits, indices)
+    q, k, v = _Pack.apply(qkv, geometry)
+    logits = None
+    if isinstance(carry, FlatCarry):
+        logits = carry.logits
+    elif carry is not None:
+        q, k, table = torch.cat([carry.q, q], -1), torch.cat([carry.k, k], -1), table + carry.table
+    if logits is None and keep == geometry.tokens and q.shape[-1] <= geometry.tokens // chain.TOKENS_PER_CHANNEL:
+        out, _, _ = _Rows.apply(q, k, v, table, None, geometry, keep, None)
+        return out, DenseCarry(q, k, table)
+    out, logits, indices = _Rows.apply(q, k, v, table, logits, geometry, keep, dtype)
+    return out, FlatCarry(logits, indices)
 
-    # logits: product of queries and keys, bias, carry
-    base = (o_i // WINDOW + WINDOW - 1) * SPAN + o_i % WINDOW + WINDOW - 1
-    offset = (o_j // WINDOW) * SPAN + o_j % WINDOW
-    p_bias = table_ptr + (i_b % BIAS_HEADS) * SPAN * SPAN + base[:, None] - offset
-    logits = tl.load(p_bias, mask=m_j, other=0.0)
-    p_q = q_ptr + (i_b * N + o_i) * D
-    p_k = k_ptr + (i_b * N + o_j) * D
-    for c in range(D):
-        b_q = tl.load(p_q + c, mask=m_i, other=0.0).to(tl.float32)
-        logits += b_q[:, None] * tl.load(p_k + c, mask=m_j, other=0.0).to(tl.float32)
-    if HAS_CARRY:
-        logits += tl.load(carry_ptr + p_kept, mask=mask, other=0.0).to(tl.float32)
-    logits = tl.where(m_j, logits, float("-inf"))
-    logits = tl.where(m_i[:, None], logits, 0.0)
 
-    # softmax, not yet divided
-    logits -= tl.max(logits, 1)[:, None]
-    weights = tl.exp(logits)
-    total = tl.sum(weights, 1)
+def _for_torch(carry: Any, geometry: Geometry) -> Any:
+    """The carry of a layer by kernels as the torch backend's own; any other unchanged."""
+    windows = (-1, geometry.heads)
+    if isinstance(carry, DenseCarry):
+        q, k = (x.unflatten(0, windows) for x in (carry.q * geometry.width**-0.5, carry.k))
+        size = (geometry.down * geometry.window, geometry.across * geometry.window)
+        return chain.concatenate(q, k, carry.table, None, *size, geometry.window, geometry.shift)
+    if isinstance(carry, FlatCarry):
+        logits = carry.logits.unflatten(0, windows)
+        indices = None if carry.indices is None else carry.indices.unflatten(0, windows)
+        groups = torch_backend._groups(*logits.shape[:3], logits.device)
+        return torch_backend.MapCarry([(logits[g], None if indices is None else indices[g]) for g in groups])
+    return carry
 
-    # cut: the bits of magnitudes, read as integers, order them; bisect for the KEEP-th smallest
-    if KEEP < KEPT:
-        size = (0.0 - logits).to(tl.int32, bitcast=True)
-        low = tl.zeros([ROWS], tl.int32)
-        high = tl.full([ROWS], 0x7F7FFFFF, tl.int32)
-        for _ in range(31):
-            middle = low + (high - low) // 2
-            enough = tl.sum((size <= middle[:, None]).to(tl.int32), 1) >= KEEP
-            high = tl.where(enough, middle, high)
-            low = tl.where(enough, low, middle + 1)
-        below = size < high[:, None]
-        tied = (size == high[:, None]).to(tl.int32)
-        room = KEEP - tl.sum(below.to(tl.int32), 1)
-        taken = below | ((tied > 0) & (tl.cumsum(tied, 1) <= room[:, None]))
-        place = tl.cumsum(taken.to(tl.int32), 1) - 1
-    else:
-        taken = m_j
-        place = tl.broadcast_to(o_t[None, :], (ROWS, COLUMNS))
-    m_new = taken & m_i[:, None]
-    p_new = (i_b * N + o_i[:, None]) * KEEP + place
-    tl.store(new_carry_ptr + p_new, logits.to(new_carry_ptr.dtype.element_ty), mask=m_new)
-    if KEEP < N:
-        tl.store(new_index_ptr + p_new, o_j.to(tl.int16), mask=m_new)
 
-    # product with v
-    weights = tl.where(m_new, weights, 0.0) / total[:, None]
-    p_v = v_ptr + (i_b * N + o_j) * DV
-    p_out = out_ptr + (i_b * N + o_i) * DV
-    for c in range(DV):
-        b_v = tl.load(p_v + c, mask=m_new, other=0.0).to(tl.float32)
-        tl.store(p_out + c, tl.sum(weights * b_v, 1).to(out_ptr.dtype.element_ty), mask=m_i)
+def _launch(kernel: Any, programs: int, *arguments: Tensor, **constants: Any) -> None:
+    """Starts a kernel on the device of its first argument."""
+    try:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **constants)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise KernelError(f"the Triton kernel {kernel.__name__!r} does not run here") from error
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tensor cores may multiply float32: as torch's own products. Of no effect in half precision."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9
+        return "tf32" if dtype == torch.float32 and matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and matmul.allow_tf32 else "ieee"
+
+
+def _power(x: int, least: int) -> int:
+    return max(least, triton.next_power_of_2(x))
+
+
+def _pack(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Geometry, inverse: bool = False) -> None:
+    rows = min(64, _power(g.tokens, 1))
+    _launch(
+        triton_kernels.pack, q.shape[0] // g.heads * triton.cdiv(g.tokens, rows), qkv, q, k, v,
+        DOWN=g.down, ACROSS=g.across, SHIFT=g.shift, HEADS=g.heads, N=g.tokens, D=g.width, S=g.stride,
+        WINDOW=g.window, ROWS=rows, CHANNELS=_power(g.stride, 8), INVERSE=inverse,
+    )  # fmt: skip
+
+
+def _packed(qkv: Tensor, g: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys, values, each (B * windows * heads, n, stride)."""
+    flat = qkv.shape[0] * g.down * g.across * g.heads
+    q, k, v = (qkv.new_empty(flat, g.tokens, g.stride) for _ in range(3))
+    _pack(qkv, q, k, v, g)
+    return q, k, v
+
+
+def _unpacked(like: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Geometry) -> Tensor:
+    """Gradients of queries, keys, values as one of the image."""
+    qkv = torch.empty_like(like)
+    _pack(qkv, q, k, v, g, inverse=True)
+    return qkv
+
+
+def _by_head(table: Tensor) -> Tensor:
+    return table.float().T.contiguous()
+
+
+def _delta(out: Tensor, d_out: Tensor, g: Geometry) -> Tensor:
+    """(images, H, W, heads): what the softmax's gradient subtracts from every entry of a row."""
+    return (out.float() * d_out.float()).unflatten(-1, (g.heads, g.width)).sum(-1)
+
+
+class _Pack(torch.autograd.Function):
+    """The image's queries, keys and values as packed windows."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, g: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.geometry, ctx.like = g, qkv.new_empty(()).expand(qkv.shape)
+        return _packed(qkv, g)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        like = torch.empty(ctx.like.shape, dtype=ctx.like.dtype, device=ctx.like.device)
+        return _unpacked(like, *(x.contiguous() for x in gradients), ctx.geometry), None
+
+
+class _Rows(torch.autograd.Function):
+    """A layer with all keys of the window. dtype: of the new carry's logits; None if no map is to be handed on."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor, logits: Tensor | None, g: Geometry, keep: int,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.geometry, ctx.keep = g, keep
+        flat, n, width = q.shape
+        by_head = _by_head(table)
+        out = g.image(v, flat, g.heads * g.width)
+        lse = torch.empty(flat, n, device=q.device)
+        new_logits = new_indices = bits = None
+        constants = {
+            **g.constants(by_head),
+            "QK": width,
+            "PRECISION": _precision(q.dtype),
+            "MASKED": g.shift > 0 and logits is None,
+        }
+        if dtype is None:
+            rows, columns = min(64, _power(n, 16)), min(64, _power(n, 16))
+            if q.dtype == torch.float32:
+                rows, columns = min(32, rows), min(32, columns)
+            _launch(
+                triton_kernels.dense, flat * triton.cdiv(n, rows), q, k, v, by_head, out, lse, **constants,
+                ROWS=rows, COLUMNS=columns, WIDTH=_power(width, 16), CHANNELS=_power(g.stride, 16),
+            )  # fmt: skip
+        else:
+            columns = _power(n, 16)
+            new_logits = torch.empty(flat, n, keep, dtype=dtype, device=q.device)
+            save = keep < n and any(ctx.needs_input_grad)
+            if keep < n:
+                new_indices = torch.empty(flat, n, keep, dtype=torch.int16, device=q.device)
+                ctx.mark_non_differentiable(new_indices)
+            if save:
+                bits = torch.empty(flat, n, columns // 8, dtype=torch.uint8, device=q.device)
+            rows = 16 if columns >= 512 else min(64, columns)
+            _launch(
+                triton_kernels.rows, flat * triton.cdiv(n, rows), q, k, v, by_head,
+                *(q if x is None else x for x in (logits, out, lse, new_logits, new_indices, bits)), **constants,
+                KEEP=keep, HAS_CARRY=logits is not None, SAVE=save, ROWS=rows, COLUMNS=columns, CHUNK=16,
+                num_warps=8 if columns >= 512 else 4, num_stages=1,
+            )  # fmt: skip
+        ctx.save_for_backward(q, k, v, table, logits, out, lse, bits)
+        return out, new_logits, new_indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_new: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, table, logits, out, lse, bits = ctx.saved_tensors
+        g: Geometry = ctx.geometry
+        flat, n, width = q.shape
+        by_head = _by_head(table)
+        d_out = torch.zeros_like(out) if d_out is None else d_out.to(v.dtype).contiguous()
+        tile = min(32 if q.dtype == torch.float32 else 64, _power(n, 16))
+        blocks = triton.cdiv(n, tile)
+        before = torch.empty(flat, n, blocks, dtype=torch.int32, device=q.device) if ctx.keep < n else None
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        d_logits = None if logits is None else torch.empty_like(logits)
+        d_table = torch.zeros_like(by_head)
+        shared = (q, k, v, by_head, logits, lse, _delta(out, d_out, g), bits, d_out, d_new, before)
+        constants = {
+            **g.constants(by_head),
+            "QK": width,
+            "KEEP": ctx.keep,
+            "PRECISION": _precision(q.dtype),
+            "MASKED": g.shift > 0 and logits is None,
+            "HAS_CARRY": logits is not None,
+            "HAS_NEW": d_new is not None,
+            "BYTES": 0 if bits is None else bits.shape[-1],
+            "TILE": tile,
+            "WIDTH": _power(width, 16),
+            "CHANNELS": _power(g.stride, 16),
+        }
+        for kernel, programs, results, more in (
+            (triton_kernels.rows_backward, flat * blocks, (d_q, d_logits), {}),
+            (triton_kernels.keys_backward, flat * blocks, (d_k, d_v), {}),
+            (
+                triton_kernels.table_backward,
+                by_head.shape[0] * triton.cdiv(flat // by_head.shape[0], ROUNDS) * blocks**2,
+                (d_table,),
+                {"FLAT": flat, "ROUNDS": ROUNDS},
+            ),
+        ):
+            tensors = [q if x is None else x.contiguous() for x in (*shared, *results)]
+            _launch(kernel, programs, *tensors, **constants, **more, num_stages=1)
+        return d_q, d_k, d_v, d_table.T.to(table.dtype), d_logits, None, None, None
+
+
+class _Sparse(torch.autograd.Function):
+    """A layer of kept entries, from the image: packed windows are made again for the backward, not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, table: Tensor, logits: Tensor, indices: Tensor, g: Geometry, keep: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.geometry, ctx.keep = g, keep
+        flat, n, kept = logits.shape
+        q, k, v = _packed(qkv, g)
+        by_head = _by_head(table)
+        out = g.image(qkv, flat, g.heads * g.width)
+        lse = torch.empty(flat, n, device=qkv.device)
+        new_logits = torch.empty(flat, n, keep, dtype=dtype, device=qkv.device)
+        new_indices = torch.empty_like(new_logits, dtype=torch.int16) if keep < kept else indices
+        columns = _power(kept, 8)
+        save = keep < kept and any(ctx.needs_input_grad)
+        bits = torch.empty(flat, n, columns // 8, dtype=torch.uint8, device=qkv.device) if save else None
+        rows = max(1, min(_power(n, 1), SPARSE_TILE // columns))
+        _launch(
+            triton_kernels.sparse, flat * triton.cdiv(n, rows), q, k, v, by_head, logits, indices, out, lse,
+            new_logits, new_indices, q if bits is None else bits, **g.constants(by_head), KEPT=kept, KEEP=keep,
+            SAVE=save, ROWS=rows, COLUMNS=columns, CHUNK=16 // qkv.element_size(), num_warps=1,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(new_indices)
+        ctx.save_for_backward(qkv, table, logits, indices, out, lse, bits)
+        return out, new_logits, new_indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_new: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        qkv, table, logits, indices, out, lse, bits = ctx.saved_tensors
+        g: Geometry = ctx.geometry
+        flat, n, kept = logits.shape
+        q, k, v = _packed(qkv, g)
+        by_head = _by_head(table)
+        d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
+        d_q, d_k, d_v = (torch.zeros(q.shape, device=q.device) for _ in range(3))
+        d_table = torch.zeros(COPIES, *by_head.shape, device=q.device)
+        d_logits = torch.empty_like(logits)
+        columns = _power(kept, 8)
+        rows = max(1, min(_power(n, 1), BACKWARD_TILE // columns))
+        optional = (q if x is None else x.contiguous() for x in (bits, d_out, d_new))
+        _launch(
+            triton_kernels.sparse_backward, flat * triton.cdiv(n, rows), q, k, v, by_head, logits, indices, lse,
+            _delta(out, d_out, g), *optional, d_q, d_k, d_v, d_table, d_logits, **g.constants(by_head), KEPT=kept,
+            KEEP=ctx.keep, HAS_NEW=d_new is not None, COPIES=COPIES, ROWS=rows, COLUMNS=columns,
+            CHUNK=16 // qkv.element_size(), num_warps=1,
+        )  # fmt: skip
+        d_qkv = _unpacked(qkv, d_q, d_k, d_v, g)
+        return d_qkv, d_table.sum(0).T.to(table.dtype), d_logits, None, None, None, None
