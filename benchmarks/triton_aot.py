@@ -1,6 +1,8 @@
 """Compiles every Triton kernel that the presets launch, ahead of time, for GPUs that need not be there.
 
-    python benchmarks/triton_aot.py [--json benchmarks/triton_aot.json]
+    python benchmarks/triton_aot.py [--presets pft] [--capabilities 90] [--dtypes fp16] [--only rows]
+
+Everything takes about twenty minutes of one core; results are added to those in the file.
 
 The launches are those of the backend itself: layers of a preset run on the meta device, forward and backward, and what
 they would start is compiled for sm_80, sm_89 and sm_90. Written down for each: registers of a thread, spilled 4-byte
@@ -12,8 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-from collections.abc import Iterable
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,12 +28,14 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pft_arch.attention import triton_backend
 from pft_arch.config import PRESETS
 
+KEY = ("preset", "dtype", "training", "kernel", "capability")
 PRESET_NAMES = ("pft", "pft_light", "light")
 CAPABILITIES = (80, 89, 90)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -104,12 +111,6 @@ def measure(compiled: Any, capability: int) -> dict[str, Any]:
 
 def resources(compiled: Any, capability: int) -> tuple[int, int]:
     """Registers and spilled 4-byte words of a thread, from the assembler that comes with triton."""
-    import re
-    import subprocess
-    import tempfile
-
-    from triton import knobs
-
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(compiled.asm["ptx"], "utf-8")
@@ -124,31 +125,46 @@ def resources(compiled: Any, capability: int) -> tuple[int, int]:
 
 def label(kernel: Any, constants: dict[str, Any]) -> str:
     """What tells a variant from the others of its kernel."""
-    names = ("D", "QK", "N", "KEPT", "KEEP", "MASKED", "HAS_CARRY", "HAS_NEW", "SAVE", "INVERSE", "ROWS", "COLUMNS", "TILE")
+    names = (
+        "D",
+        "QK",
+        "N",
+        "KEPT",
+        "KEEP",
+        "MASKED",
+        "HAS_CARRY",
+        "HAS_NEW",
+        "SAVE",
+        "INVERSE",
+        "ROWS",
+        "COLUMNS",
+        "TILE",
+    )
     parts = (f"{name.lower()}={constants[name]}" for name in names if name in constants)
     return f"{kernel.__name__} " + " ".join(part for part in parts if not part.endswith("=False"))
 
 
-def table(
+def measurements(
     presets: Iterable[str], capabilities: Iterable[int], dtypes: Iterable[str], only: str = ""
-) -> list[dict[str, Any]]:
-    rows = []
-    for preset in presets:
-        for name in dtypes:
-            for training in (False, True):
-                for kernel, tensors, constants in launches(preset, DTYPES[name], training):
-                    if only and not label(kernel, constants).startswith(only):
-                        continue
-                    for capability in capabilities:
-                        row: dict[str, Any] = {"preset": preset, "dtype": name, "training": training}
-                        row |= {"kernel": label(kernel, constants), "capability": capability}
-                        try:
-                            row |= measure(compile_launch(kernel, tensors, constants, capability), capability)
-                        except Exception as error:
-                            row["error"] = f"{type(error).__name__}: {str(error)[-300:]}"
-                        rows.append(row)
-                        print(" ".join(f"{k}={v}" for k, v in row.items()), file=sys.stderr, flush=True)
-    return rows
+) -> Iterator[dict[str, Any]]:
+    """One record for each variant of a kernel that a preset launches; training only where inference has no such."""
+    for preset, name in product(presets, dtypes):
+        done = set()
+        for training in (False, True):
+            for kernel, tensors, constants in launches(preset, DTYPES[name], training):
+                key = (label(kernel, constants), *(x.dtype for x in tensors))
+                if key in done or not key[0].startswith(only):
+                    continue
+                done.add(key)
+                for capability in capabilities:
+                    row: dict[str, Any] = {"preset": preset, "dtype": name, "training": training, "kernel": key[0]}
+                    row["capability"] = capability
+                    try:
+                        row |= measure(compile_launch(kernel, tensors, constants, capability), capability)
+                    except Exception as error:  # whatever a compiler may raise is a result here
+                        row["error"] = f"{type(error).__name__}: {str(error)[-300:]}"
+                    print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+                    yield row
 
 
 def main() -> None:
@@ -159,9 +175,13 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES))
     parser.add_argument("--only", default="", help="kernels whose label begins so")
     options = parser.parse_args()
-    rows = table(options.presets, options.capabilities, options.dtypes, options.only)
-    text = {"triton": triton.__version__, "kernels": rows}
-    options.json.write_text(json.dumps(text, indent=1) + "\n", "utf-8")
+    rows = json.loads(options.json.read_text("utf-8"))["kernels"] if options.json.exists() else []
+    known = {tuple(row[name] for name in KEY): row for row in rows}
+    for row in measurements(options.presets, options.capabilities, options.dtypes, options.only):
+        known[tuple(row[name] for name in KEY)] = row
+        rows = [known[key] for key in sorted(known)]
+        text = ",\n  ".join(json.dumps(row) for row in rows)
+        options.json.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n  {text}\n]}}\n', "utf-8")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from .chain import FlatCarry
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_WINDOW = 32  # `rows` holds whole rows of a map in registers
-SPARSE_TILE = 512  # kept entries of one program of `sparse`, which is one warp: reductions then need no barrier
+SPARSE_TILE = 256  # kept entries of one program of `sparse`, which is one warp: reductions then need no barrier
 BACKWARD_TILE = 256
 COPIES = 16  # of the table's gradient, so that fewer programs add to one address
 ROUNDS = 16  # window-heads that a program of `table_backward` sums before it adds to the table's gradient
@@ -122,9 +122,7 @@ def attend(
             failure = str(error.__cause__) or repr(error.__cause__)
             log.warning("%s; attention goes on in plain torch, which is slower: %s", error, failure.splitlines()[0])
     carry = _for_torch(carry, geometry)
-    return torch_backend.attend(
-        qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout
-    )
+    return torch_backend.attend(qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout)
 
 
 def layer(qkv: Tensor, table: Tensor, carry: Any, geometry: Geometry, keep: int) -> tuple[Tensor, Any]:
@@ -162,7 +160,8 @@ def _for_torch(carry: Any, geometry: Geometry) -> Any:
     if isinstance(carry, FlatCarry):
         logits = carry.logits.unflatten(0, windows)
         indices = None if carry.indices is None else carry.indices.unflatten(0, windows)
-        groups = torch_backend._groups(*logits.shape[:3], logits.device)
+        count, heads, n = logits.shape[:3]
+        groups = torch_backend._groups(count, heads, n, logits.device)
         return torch_backend.MapCarry([(logits[g], None if indices is None else indices[g]) for g in groups])
     return carry
 
@@ -179,11 +178,14 @@ def _launch(kernel: Any, programs: int, *arguments: Tensor, **constants: Any) ->
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How tensor cores may multiply float32: as torch's own products. Of no effect in half precision."""
+    """How products multiply float32: in one pass of tf32 where torch's own may, else in three, which lose nothing that
+    counts: the plain alternative, "ieee", leaves the tensor cores and spills registers."""
+    if dtype != torch.float32:
+        return "ieee"  # of no effect
     matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9
-        return "tf32" if dtype == torch.float32 and matmul.fp32_precision == "tf32" else "ieee"
-    return "tf32" if dtype == torch.float32 and matmul.allow_tf32 else "ieee"
+    # from torch 2.9 on, asking for the older name may raise
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "tf32x3"
 
 
 def _power(x: int, least: int) -> int:
@@ -233,9 +235,10 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         like = torch.empty(ctx.like.shape, dtype=ctx.like.dtype, device=ctx.like.device)
-        return _unpacked(like, *(x.contiguous() for x in gradients), ctx.geometry), None
+        q, k, v = (x.contiguous() for x in gradients)
+        return _unpacked(like, q, k, v, ctx.geometry), None
 
 
 class _Rows(torch.autograd.Function):
@@ -265,7 +268,7 @@ class _Rows(torch.autograd.Function):
                 rows, columns = min(32, rows), min(32, columns)
             _launch(
                 triton_kernels.dense, flat * triton.cdiv(n, rows), q, k, v, by_head, out, lse, **constants,
-                ROWS=rows, COLUMNS=columns, WIDTH=_power(width, 16), CHANNELS=_power(g.stride, 16),
+                ROWS=rows, COLUMNS=columns, WIDTH=_power(width, 16), CHANNELS=_power(g.stride, 16), num_stages=2,
             )  # fmt: skip
         else:
             columns = _power(n, 16)
@@ -276,25 +279,27 @@ class _Rows(torch.autograd.Function):
                 ctx.mark_non_differentiable(new_indices)
             if save:
                 bits = torch.empty(flat, n, columns // 8, dtype=torch.uint8, device=q.device)
-            rows = 16 if columns >= 512 else min(64, columns)
+            warps = 16 if columns >= 512 else min(4, columns // 16)
+            rows = 16 if columns >= 256 else min(64, columns)
             _launch(
                 triton_kernels.rows, flat * triton.cdiv(n, rows), q, k, v, by_head,
                 *(q if x is None else x for x in (logits, out, lse, new_logits, new_indices, bits)), **constants,
-                KEEP=keep, HAS_CARRY=logits is not None, SAVE=save, ROWS=rows, COLUMNS=columns, CHUNK=16,
-                num_warps=8 if columns >= 512 else 4, num_stages=1,
+                KEEP=keep, HAS_CARRY=logits is not None, SAVE=save, ROWS=rows, COLUMNS=columns, GROUPS=warps, CHUNK=16,
+                num_warps=warps, num_stages=1,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, table, logits, out, lse, bits)
         return out, new_logits, new_indices
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_new: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor | None, d_new: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         q, k, v, table, logits, out, lse, bits = ctx.saved_tensors
         g: Geometry = ctx.geometry
         flat, n, width = q.shape
         by_head = _by_head(table)
         d_out = torch.zeros_like(out) if d_out is None else d_out.to(v.dtype).contiguous()
-        tile = min(32 if q.dtype == torch.float32 else 64, _power(n, 16))
+        small = q.dtype == torch.float32 or ctx.keep < n or logits is not None  # more values alive at once
+        tile = min(32 if small else 64, _power(n, 16))
         blocks = triton.cdiv(n, tile)
         before = torch.empty(flat, n, blocks, dtype=torch.int32, device=q.device) if ctx.keep < n else None
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -361,7 +366,7 @@ class _Sparse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_new: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_out: Tensor | None, d_new: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         qkv, table, logits, indices, out, lse, bits = ctx.saved_tensors
         g: Geometry = ctx.geometry
         flat, n, kept = logits.shape
@@ -378,7 +383,7 @@ class _Sparse(torch.autograd.Function):
             triton_kernels.sparse_backward, flat * triton.cdiv(n, rows), q, k, v, by_head, logits, indices, lse,
             _delta(out, d_out, g), *optional, d_q, d_k, d_v, d_table, d_logits, **g.constants(by_head), KEPT=kept,
             KEEP=ctx.keep, HAS_NEW=d_new is not None, COPIES=COPIES, ROWS=rows, COLUMNS=columns,
-            CHUNK=16 // qkv.element_size(), num_warps=1,
+            CHUNK=16 // qkv.element_size(), num_warps=2,
         )  # fmt: skip
         d_qkv = _unpacked(qkv, d_q, d_k, d_v, g)
         return d_qkv, d_table.sum(0).T.to(table.dtype), d_logits, None, None, None, None

@@ -54,13 +54,19 @@ def _rows_of(ptr, o_row, o_d, m_row, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _select(logits, m_valid, KEEP: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl.constexpr):
+def _count(flags):
+    """[rows] from [groups, rows, columns]."""
+    return tl.sum(tl.sum(flags.to(tl.int32), 2), 0)
+
+
+@triton.jit
+def _select(logits, m_valid, KEEP: tl.constexpr, HALF: tl.constexpr):
     """Which KEEP entries of each row are largest, and the place of each among them, in the order of the row.
 
-    logits [rows, COLUMNS] are at most 0, so the bits of their magnitude, read as integers, order them: bisect for the
-    KEEP-th smallest, in 31 steps for float32, and in 15 where the carry will be float16, which tells no more of them
-    apart. Ties fall to the first. Exactly KEEP valid entries are taken, whatever the logits hold: NaN counts as
-    infinite, since a place left unwritten would become somebody's index.
+    logits [groups, rows, columns], a row going on from group to group, are at most 0, so the bits of their magnitude,
+    read as integers, order them: bisect for the KEEP-th smallest, in 31 steps for float32, and in 15 where the carry
+    will be float16, which tells no more of them apart. Ties fall to the first. Exactly KEEP valid entries are taken,
+    whatever the logits hold: NaN counts as infinite, since a place left unwritten would become somebody's index.
     """
     if HALF:
         INF: tl.constexpr = 0x7C00
@@ -71,30 +77,31 @@ def _select(logits, m_valid, KEEP: tl.constexpr, COLUMNS: tl.constexpr, HALF: tl
         STEPS: tl.constexpr = 31
         size = (0.0 - logits).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     size = tl.minimum(size, INF)
-    low = tl.min(size, 1)  # 0 but for NaN: a reduction, so that all three have its layout
-    low = low - low
+    low = _count(size < 0)  # 0, in the layout of a reduction
     high = low + INF
     for _ in range(STEPS):
         middle = low + (high - low) // 2
-        enough = tl.sum((size <= middle[:, None]).to(tl.int32), 1) >= KEEP
+        enough = _count(size <= middle[None, :, None]) >= KEEP
         high = tl.where(enough, middle, high)
         low = tl.where(enough, low, middle + 1)
-    below = ((size < high[:, None]) & m_valid).to(tl.int32)
-    tied = ((size == high[:, None]) & m_valid).to(tl.int32)
-    seen = tl.cumsum(below + (tied << 16), 1)
-    room = KEEP - tl.sum(below, 1)
-    seen_tied = tl.minimum(seen >> 16, room[:, None])
-    taken = (below > 0) | ((tied > 0) & ((seen >> 16) <= room[:, None]))
-    return taken, (seen & 0xFFFF) + seen_tied - 1
+    below = (size < high[None, :, None]) & m_valid
+    tied = (size == high[None, :, None]) & m_valid
+    seen = below.to(tl.int32) + (tied.to(tl.int32) << 16)  # two counts in one scan
+    groups = tl.sum(seen, 2)
+    seen = tl.cumsum(seen, 2) + (tl.cumsum(groups, 0) - groups)[:, :, None]
+    room = (KEEP - _count(below))[None, :, None]
+    taken = below | (tied & ((seen >> 16) <= room))
+    return taken, (seen & 0xFFFF) + tl.minimum(seen >> 16, room) - 1
 
 
 @triton.jit
-def _store_bits(bits_ptr, o_row, taken, m_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Eight flags to a byte."""
-    o_byte = tl.arange(0, COLUMNS // 8)
-    bits = tl.reshape(taken.to(tl.int32), [ROWS, COLUMNS // 8, 8]) << tl.arange(0, 8)[None, None, :]
-    p = bits_ptr + o_row[:, None] * (COLUMNS // 8) + o_byte[None, :]
-    tl.store(p, tl.sum(bits, 2).to(tl.uint8), mask=m_row[:, None])
+def _bits(flags):
+    """Eight flags of the last dimension to a byte."""
+    GROUPS: tl.constexpr = flags.shape[0]
+    ROWS: tl.constexpr = flags.shape[1]
+    BYTES: tl.constexpr = flags.shape[2] // 8
+    bits = tl.reshape(flags.to(tl.int32), [GROUPS, ROWS, BYTES, 8]) << tl.arange(0, 8)[None, None, None, :]
+    return tl.sum(bits, 3).to(tl.uint8)
 
 
 @triton.jit(do_not_specialize=PER_IMAGE)
@@ -143,36 +150,23 @@ def pack(
 
 
 @triton.jit
-def _scores(
-    b_q, b_k, table_ptr, i_b, o_i, o_j, DOWN, ACROSS, SHIFT,
-    HEADS: tl.constexpr, BIAS_HEADS: tl.constexpr, WINDOW: tl.constexpr, SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """[queries, keys] logits of b_q [queries, channels] and b_k [keys, channels], without carry."""
-    SPAN: tl.constexpr = 2 * WINDOW - 1
-    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * SCALE
-    return _bias(
-        scores, table_ptr, i_b, o_i, o_j, DOWN, ACROSS, SHIFT, HEADS, BIAS_HEADS, WINDOW, MASKED
-    )
-
-
-@triton.jit
 def _bias(
-    scores, table_ptr, i_b, o_i, o_j, DOWN, ACROSS, SHIFT,
+    table_ptr, i_b, o_i, o_j, DOWN, ACROSS, SHIFT,
     HEADS: tl.constexpr, BIAS_HEADS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """scores + relative-position bias + mask between regions; o_i, o_j may lie beyond the window."""
+    """Relative-position bias and mask between regions for queries o_i and keys o_j, which broadcast.
+
+    Places beyond the window read the last token's: whoever asks masks them.
+    """
     SPAN: tl.constexpr = 2 * WINDOW - 1
     o_i = tl.minimum(o_i, WINDOW * WINDOW - 1)
     o_j = tl.minimum(o_j, WINDOW * WINDOW - 1)
-    p_table = table_ptr + (i_b % BIAS_HEADS) * SPAN * SPAN
-    scores += tl.load(p_table + _relative(o_i[:, None], o_j[None, :], WINDOW))
+    bias = tl.load(table_ptr + (i_b % BIAS_HEADS) * SPAN * SPAN + _relative(o_i, o_j, WINDOW))
     if MASKED:
-        i_w = i_b // HEADS
-        own = _region(i_w, o_i, DOWN, ACROSS, SHIFT, WINDOW)
-        other = _region(i_w, o_j, DOWN, ACROSS, SHIFT, WINDOW)
-        scores += tl.where(own[:, None] == other[None, :], 0.0, MASK)
-    return scores
+        own = _region(i_b // HEADS, o_i, DOWN, ACROSS, SHIFT, WINDOW)
+        other = _region(i_b // HEADS, o_j, DOWN, ACROSS, SHIFT, WINDOW)
+        bias += tl.where(own == other, 0.0, MASK)
+    return bias
 
 
 @triton.jit(do_not_specialize=PER_IMAGE)
@@ -216,10 +210,10 @@ def dense(
         o_j = first + tl.arange(0, COLUMNS)
         m_j = o_j < N
         b_k = _rows_of(k_ptr + i_b * N * QK, o_j, o_w, m_j, QK)
-        logits = _scores(
-            b_q, b_k, table_ptr, i_b, o_i, o_j, DOWN, ACROSS, SHIFT,
-            HEADS, BIAS_HEADS, WINDOW, SCALE, PRECISION, MASKED,
-        )  # fmt: skip
+        logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * SCALE
+        logits += _bias(
+            table_ptr, i_b, o_i[:, None], o_j[None, :], DOWN, ACROSS, SHIFT, HEADS, BIAS_HEADS, WINDOW, MASKED
+        )
         logits = tl.where(m_j[None, :], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         weights = tl.exp(logits - new_top[:, None])
@@ -265,62 +259,68 @@ def rows(
     SAVE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    GROUPS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """A layer with all keys of the window whose map is carried on, cut or not: ROWS whole rows of it in registers.
 
-    Both products run on tensor cores, CHUNK channels at a time, which bounds the shared memory.
+    A row is spread over GROUPS, one for each warp, as batches of a product: so both products run on tensor cores
+    without any warp needing more than its own share of the row. CHUNK channels at a time bound the shared memory.
     """
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    PART: tl.constexpr = COLUMNS // GROUPS
     HALF: tl.constexpr = new_carry_ptr.dtype.element_ty == tl.float16
     i_b = tl.program_id(0).to(tl.int64) // BLOCKS
     o_i = (tl.program_id(0) % BLOCKS) * ROWS + tl.arange(0, ROWS)
-    o_j = tl.arange(0, COLUMNS)
+    o_key = tl.arange(0, GROUPS)[:, None] * PART + tl.arange(0, PART)[None, :]
+    o_j = o_key[:, None, :]
     o_c = tl.arange(0, CHUNK)
     m_i = o_i < N
-    m_j = o_j < N
-    m = m_i[:, None] & m_j[None, :]
+    m = m_i[None, :, None] & (o_j < N)
 
-    logits = tl.zeros([ROWS, COLUMNS], tl.float32)
+    # [GROUPS, ROWS, PART]
+    logits = tl.zeros([GROUPS, ROWS, PART], tl.float32)
     for c in range(0, QK, CHUNK):
         b_q = _rows_of(q_ptr + i_b * N * QK, o_i, c + o_c, m_i, QK)
-        b_k = _rows_of(k_ptr + i_b * N * QK, o_j, c + o_c, m_j, QK)
-        logits = tl.dot(b_q, tl.trans(b_k), logits, input_precision=PRECISION)
-    logits = _bias(
-        logits * SCALE, table_ptr, i_b, o_i, o_j, DOWN, ACROSS, SHIFT, HEADS, BIAS_HEADS, WINDOW, MASKED
+        b_q = tl.broadcast_to(b_q[None, :, :], (GROUPS, ROWS, CHUNK))
+        p_k = k_ptr + i_b * N * QK + (o_key[:, :, None] * QK + (c + o_c)[None, None, :])
+        b_k = tl.load(p_k, mask=(o_key < N)[:, :, None] & (c + o_c < QK)[None, None, :], other=0.0)
+        logits = tl.dot(b_q, tl.permute(b_k, (0, 2, 1)), logits, input_precision=PRECISION)
+    logits = logits * SCALE + _bias(
+        table_ptr, i_b, o_i[None, :, None], o_j, DOWN, ACROSS, SHIFT, HEADS, BIAS_HEADS, WINDOW, MASKED
     )
     if HAS_CARRY:
-        p_carry = carry_ptr + i_b * N * N + (o_i[:, None] * N + o_j[None, :])
+        p_carry = carry_ptr + i_b * N * N + (o_i[None, :, None] * N + o_j)
         logits += tl.load(p_carry, mask=m, other=0.0).to(tl.float32)
-    logits = tl.where(m_j[None, :], logits, float("-inf"))
-    top = tl.max(logits, 1)
-    logits -= top[:, None]
-    weights = tl.exp(logits)
-    total = tl.sum(weights, 1)
+    logits = tl.where(o_j < N, logits, float("-inf"))
+    top = tl.max(tl.max(logits, 2), 0)
+    logits -= top[None, :, None]
+    total = tl.sum(tl.sum(tl.exp(logits), 2), 0)
     tl.store(lse_ptr + i_b * N + o_i, top + tl.log(total), mask=m_i)
 
-    new_carry_ptr += i_b * N * KEEP
-    new_index_ptr += i_b * N * KEEP
-    o_new = o_i[:, None] * KEEP
+    o_new = o_i[None, :, None] * KEEP
     if KEEP < N:
-        taken, place = _select(logits, m_j[None, :], KEEP, COLUMNS, HALF)
+        taken, place = _select(logits, o_j < N, KEEP, HALF)
         if SAVE:
-            _store_bits(bits_ptr + i_b * N * (COLUMNS // 8), o_i, taken, m_i, ROWS, COLUMNS)
-        m = taken & m_i[:, None]
-        o_index = tl.broadcast_to(o_j[None, :], (ROWS, COLUMNS))
-        tl.store(new_index_ptr + (o_new + place), o_index.to(tl.int16), mask=m)
-        tl.store(new_carry_ptr + (o_new + place), logits.to(new_carry_ptr.dtype.element_ty), mask=m)
-        weights = tl.where(taken, weights, 0.0)
+            o_byte = (tl.arange(0, GROUPS) * (PART // 8))[:, None, None] + tl.arange(0, PART // 8)[None, None, :]
+            p_bits = bits_ptr + i_b * N * (COLUMNS // 8) + (o_i[None, :, None] * (COLUMNS // 8) + o_byte)
+            tl.store(p_bits, _bits(taken), mask=m_i[None, :, None])
+        m = taken & m_i[None, :, None]
+        o_new += place
+        o_index = tl.broadcast_to(o_j, (GROUPS, ROWS, PART))
+        tl.store(new_index_ptr + i_b * N * KEEP + o_new, o_index.to(tl.int16), mask=m)
     else:
-        tl.store(new_carry_ptr + (o_new + o_j[None, :]), logits.to(new_carry_ptr.dtype.element_ty), mask=m)
+        o_new += o_j
+    tl.store(new_carry_ptr + i_b * N * KEEP + o_new, logits.to(new_carry_ptr.dtype.element_ty), mask=m)
 
+    weights = tl.where(m, tl.exp(logits), 0.0).to(v_ptr.dtype.element_ty)
     o_pixel = _pixels(i_b // HEADS, o_i, DOWN, ACROSS, SHIFT, WINDOW)
     p_out = out_ptr + (o_pixel * HEADS + i_b % HEADS)[:, None] * D
-    b_weights = weights.to(v_ptr.dtype.element_ty)
     for c in range(0, S, 16):
         o_d = c + tl.arange(0, 16)
-        b_v = _rows_of(v_ptr + i_b * N * S, o_j, o_d, m_j, S)
-        b_out = tl.dot(b_weights, b_v, input_precision=PRECISION) / total[:, None]
+        p_v = v_ptr + i_b * N * S + (o_key[:, :, None] * S + o_d[None, None, :])
+        b_v = tl.load(p_v, mask=(o_key < N)[:, :, None] & (o_d < S)[None, None, :], other=0.0)
+        b_out = tl.sum(tl.dot(weights, b_v, input_precision=PRECISION), 0) / total[:, None]
         m_out = m_i[:, None] & (o_d < D)[None, :]
         tl.store(p_out + o_d[None, :], b_out.to(out_ptr.dtype.element_ty), mask=m_out)
 
@@ -403,11 +403,13 @@ def sparse(
 
     o_new = o_kept
     if KEEP < KEPT:
-        taken, place = _select(logits, (o_t < KEPT)[None, :], KEEP, COLUMNS, HALF)
+        taken, place = _select(logits[None, :, :], (o_t < KEPT)[None, None, :], KEEP, HALF)
         if SAVE:
-            _store_bits(bits_ptr + i_b * N * (COLUMNS // 8), o_i, taken, m_i, ROWS, COLUMNS)
-        m = taken & m_i[:, None]
-        o_new = o_i[:, None] * KEEP + place
+            o_byte = (tl.arange(0, COLUMNS // 8))[None, None, :]
+            p_bits = bits_ptr + i_b * N * (COLUMNS // 8) + (o_i[None, :, None] * (COLUMNS // 8) + o_byte)
+            tl.store(p_bits, _bits(taken), mask=m_i[None, :, None])
+        m = tl.reshape(taken, [ROWS, COLUMNS]) & m_i[:, None]
+        o_new = o_i[:, None] * KEEP + tl.reshape(place, [ROWS, COLUMNS])
         tl.store(new_index_ptr + i_b * N * KEEP + o_new, o_j.to(tl.int16), mask=m)
         o_j = tl.where(m, o_j, 0)  # values that were cut are not read
     tl.store(new_carry_ptr + i_b * N * KEEP + o_new, logits.to(new_carry_ptr.dtype.element_ty), mask=m)
@@ -535,10 +537,8 @@ def _gradients(
     before: [queries] entries taken among the keys before this tile; returned for the tile after it.
     """
     m = m_i[:, None] & (o_j < N)[None, :]
-    logits = _scores(
-        b_q, b_k, table_ptr, i_b, o_i, o_j, DOWN, ACROSS, SHIFT,
-        HEADS, BIAS_HEADS, WINDOW, SCALE, PRECISION, MASKED,
-    )  # fmt: skip
+    logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * SCALE
+    logits += _bias(table_ptr, i_b, o_i[:, None], o_j[None, :], DOWN, ACROSS, SHIFT, HEADS, BIAS_HEADS, WINDOW, MASKED)
     if HAS_CARRY:
         p_carry = carry_ptr + i_b * N * N + (o_i[:, None] * N + o_j[None, :])
         logits += tl.load(p_carry, mask=m, other=0.0).to(tl.float32)
