@@ -114,8 +114,7 @@ def attend(
     global failure
     height, width, channels = qkv.shape[1:]
     geometry = Geometry(heads, channels // (3 * heads), window, shift, height // window, width // window)
-    served = (qkv.is_cuda or INTERPRETED) and qkv.dtype != torch.float64 and not dropout and window <= MAX_WINDOW
-    if served and not failure:
+    if not failure and not dropout and window <= MAX_WINDOW and _serves(qkv):
         try:
             return layer(qkv, table, carry, geometry, keep)
         except KernelError as error:
@@ -123,6 +122,13 @@ def attend(
             log.warning("%s; attention goes on in plain torch, which is slower: %s", error, failure.splitlines()[0])
     carry = _for_torch(carry, geometry)
     return torch_backend.attend(qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout)
+
+
+def _serves(qkv: Tensor) -> bool:
+    """Whether kernels run on that device in that dtype. The interpreter takes the bits of bfloat16 for numbers."""
+    if INTERPRETED:
+        return qkv.dtype in (torch.float32, torch.float16)
+    return qkv.is_cuda and qkv.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
 def layer(qkv: Tensor, table: Tensor, carry: Any, geometry: Geometry, keep: int) -> tuple[Tensor, Any]:

@@ -1,0 +1,204 @@
+"""The Triton kernels in Triton's interpreter, against the torch backend in float64; what happens where they fail."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import Golden, golden_files
+from pft_arch import load_model
+from pft_arch.attention import get_backend, torch_backend
+
+pytest.importorskip("triton")
+from pft_arch.attention import triton_backend
+
+ROOT = Path(__file__).parent.parent
+spec = spec_from_file_location("check_triton", ROOT / "benchmarks" / "check_triton.py")
+assert spec is not None and spec.loader is not None
+check_triton = module_from_spec(spec)
+sys.modules["check_triton"] = check_triton  # its dataclass looks itself up
+spec.loader.exec_module(check_triton)
+Chain = check_triton.Chain
+
+
+@pytest.fixture(autouse=True)
+def _kernels_serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A failure is kept for the process: no test may leave one behind, or pass on the torch backend unnoticed."""
+    monkeypatch.setattr(triton_backend, "failure", "")
+    yield
+
+
+@pytest.mark.parametrize("name", check_triton.SMALL)
+def test_outputs_and_gradients_equal_float64(name: str) -> None:
+    result = check_triton.check(check_triton.SMALL[name], "fp32", gradients=True)
+    assert result["passed"], result
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_half_precision_is_close_to_float64(gradients: bool) -> None:
+    result = check_triton.check(Chain(4, 2, 10, (16, 16, 7, 7, 3), down=1), "fp16", gradients)
+    assert result["passed"], result
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_shapes_and_schedules(seed: int) -> None:
+    """Windows 2 to 6, any head width and any falling schedule, odd numbers of windows, both kinds of tables."""
+    draw = random.Random(seed)
+    window, heads = draw.randint(2, 6), draw.randint(1, 2)
+    kept = sorted((draw.randint(1, window**2) for _ in range(2)), reverse=True)
+    chain = Chain(
+        window,
+        heads,
+        width=draw.choice((1, 3, 8, 10, 13, 17, 40)),
+        kept=(*[window**2] * draw.randint(0, 1), *kept),
+        shifted=draw.random() < 0.5,
+        bias_per_head=draw.random() < 0.5,
+        down=draw.randint(1, 2),
+        across=1,
+    )
+    result = check_triton.check(chain, "fp32", gradients=True, seed=seed)
+    assert result["passed"], (chain, result)
+
+
+def test_first_cut_of_the_published_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "SPARSE_TILE", 2**14)  # fewer programs: each costs the interpreter time
+    result = check_triton.check(Chain(32, 1, 13, (1024, 250, 60), down=1, across=1), "fp32", gradients=False)
+    assert result["passed"], result
+
+
+@pytest.mark.parametrize("path", golden_files("tiny_*.weights.safetensors"), ids=lambda path: path.name.split(".")[0])
+def test_networks_equal_the_published_ones(path: Path) -> None:
+    golden = Golden(path)
+    model = load_model(golden.weights)
+    model.set_attention_backend("triton")
+    with torch.inference_mode():
+        error = (model(golden.io["input"]) - golden.io["output"]).abs()
+    assert not triton_backend.failure
+    assert error.mean() < 3e-5
+    assert error.max() < 5e-3
+
+
+def layers(count: int, **options: Any) -> list[Tensor]:
+    """Images of queries, keys and values of 1 x 2 windows of side 4, 2 heads of width 5."""
+    torch.manual_seed(0)
+    return [torch.randn(1, 4, 8, 30, **options) for _ in range(count)]
+
+
+OPTIONS = {"heads": 2, "window": 4, "shift": 2}
+TABLE = torch.linspace(-1, 1, 49)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradients", "expected"),
+    [
+        (torch.float32, False, torch.float32),
+        (torch.float16, False, torch.float16),
+        (torch.float16, True, torch.float32),  # gradients flow through the carry
+    ],
+)
+def test_carries_are_as_small_as_the_precision_allows(
+    dtype: torch.dtype, gradients: bool, expected: torch.dtype
+) -> None:
+    carry = None
+    for qkv, keep in zip(layers(2, dtype=dtype), (7, 3), strict=True):
+        with torch.set_grad_enabled(gradients):
+            _, carry = triton_backend.attend(qkv, TABLE, carry, keep=keep, **OPTIONS)
+        assert carry.logits.dtype == expected
+        assert carry.indices.dtype == torch.int16
+        assert carry.logits.shape == carry.indices.shape == (4, 16, keep)
+
+
+def test_an_image_that_is_not_finite_leaves_no_index_unwritten() -> None:
+    carry = None
+    for qkv, keep in zip(layers(2), (7, 3), strict=True):
+        with torch.inference_mode():
+            _, carry = triton_backend.attend(qkv * float("nan"), TABLE, carry, keep=keep, **OPTIONS)
+        kept = carry.indices.long()
+        assert kept.min() >= 0 and kept.max() < 16
+        assert (kept.diff(dim=-1) > 0).all()  # no key twice
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_a_chain_goes_on_in_torch_wherever_the_kernels_fail(
+    failing: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Layer `failing` and the next do not start: Triton's own error for a grid that no device takes."""
+    torch.manual_seed(0)
+    options = {"heads": 2, "window": 8, "shift": 4}
+    table = torch.randn(225, 2)
+    carry, expected_carry = None, None
+    with torch.inference_mode(), caplog.at_level(logging.WARNING):
+        for i, keep in enumerate((64, 64, 20, 20, 9)):
+            qkv = torch.randn(1, 8, 16, 3 * 8)
+            if i == failing:
+                monkeypatch.setattr(triton_backend.triton_kernels, "pack", None)  # nothing to launch
+            out, carry = triton_backend.attend(qkv, table, carry, keep=keep, **options)
+            expected, expected_carry = torch_backend.attend(qkv, table, expected_carry, keep=keep, **options)
+            assert torch.allclose(out, expected, atol=1e-5), f"layer {i}"
+    assert triton_backend.failure
+    assert len([r for r in caplog.records if "plain torch" in r.getMessage()]) == 1
+
+
+def test_without_a_gpu_the_compiled_kernels_hand_over_to_torch_with_one_line_of_log() -> None:
+    code = """
+import torch
+from pft_arch import create_pft_sr
+from pft_arch.attention import triton_backend
+triton_backend.INTERPRETED, triton_backend._serves = False, lambda qkv: True  # start them, GPU or not
+model = create_pft_sr(2, "light").eval()
+model.set_attention_backend("triton")
+image = torch.rand(1, 3, 8, 8)
+with torch.inference_mode():
+    first, again = model(image), model(image)
+    model.set_attention_backend("torch")
+    assert torch.equal(first, model(image)) and torch.equal(again, first)
+assert triton_backend.failure
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("plain torch") == 1, done.stderr
+
+
+def test_the_automatic_backend_on_a_cpu_does_not_import_triton() -> None:
+    code = """
+import sys, torch
+from pft_arch.attention import get_backend
+get_backend("auto")(torch.rand(1, 4, 8, 30), torch.rand(49, 1), None, heads=2, window=4, shift=2, keep=3)
+assert "triton" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_what_the_kernels_do_not_serve_is_the_torch_backends() -> None:
+    qkv = layers(1, dtype=torch.float64)[0]
+    out, _ = get_backend("triton")(qkv, TABLE.double(), None, keep=5, **OPTIONS)
+    expected, _ = torch_backend.attend(qkv, TABLE.double(), None, keep=5, **OPTIONS)
+    assert torch.equal(out, expected)
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    """The cut 64 -> 32 of `pft_light` in float16 for an H100: registers and no spills."""
+    pytest.importorskip("triton.backends.nvidia")
+    only = "sparse d=13 n=1024 kept=64 keep=32 rows"
+    command = [sys.executable, str(ROOT / "benchmarks" / "triton_aot.py"), "--json", str(tmp_path / "aot.json")]
+    command += ["--presets", "pft_light", "--dtypes", "fp16", "--capabilities", "90", "--only", only]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "ptxas" in done.stdout and "error=" in done.stdout:
+        pytest.skip("Triton comes without an assembler here")
+    assert done.returncode == 0, done.stderr
+    assert "spills=0" in done.stdout and "error=" not in done.stdout, done.stdout
