@@ -30,7 +30,7 @@ import triton
 from torch import Tensor
 
 from pft_arch.attention import torch_backend, triton_backend
-from pft_arch.attention.chain import FlatCarry, join
+from pft_arch.attention.chain import join
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # relative errors (of the norm) allowed in outputs and in gradients
@@ -40,7 +40,7 @@ MAX_BORDERLINE = 0.01  # share of rows in float32
 
 @dataclass(frozen=True)
 class Chain:
-    """Layers of one chain: entries kept after each, with heads of `width` channels, on images of down x across windows."""
+    """Layers of one chain: entries `kept` after each; heads of `width` channels; images of down x across windows."""
 
     window: int
     heads: int
@@ -136,12 +136,14 @@ def check(
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Of the norm; not a number where one of them is not finite."""
-    return float((got.detach().double() - expected.double()).norm() / expected.detach().double().norm().clamp_min(1e-30))
+    return float(
+        (got.detach().double() - expected.double()).norm() / expected.detach().double().norm().clamp_min(1e-30)
+    )
 
 
 def _indices(carry: Any, chain: Chain) -> Tensor | None:
     """(windows, heads, n, k) kept entries in ascending order, whichever backend the carry is of; None if dense."""
-    if isinstance(carry, FlatCarry) and carry.indices is not None:
+    if isinstance(carry, triton_backend.MapCarry) and carry.indices is not None:
         return carry.indices.unflatten(0, (-1, chain.heads)).sort(-1).values
     if isinstance(carry, torch_backend.MapCarry) and carry.groups[0][1] is not None:
         windows = chain.images * chain.down * chain.across
@@ -185,7 +187,9 @@ def check_all(device: str = "cuda", path: Path | None = None) -> dict[str, Any]:
             result["passed"] &= case["passed"]
             result["cases"].append(case)
             worst = " ".join(f"{k} {max(case[k]):.1e}" for k in ("outputs", "gradients") if case.get(k))
-            print(f"{'ok  ' if case['passed'] else 'FAIL'} {precision} {label}: {worst or case.get('error')}", flush=True)
+            print(
+                f"{'ok  ' if case['passed'] else 'FAIL'} {precision} {label}: {worst or case.get('error')}", flush=True
+            )
             if path:
                 path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     return result

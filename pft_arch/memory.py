@@ -65,6 +65,8 @@ def _layers(c: PFTConfig, item: int, backend: str, pixels: int, scores: int) -> 
                 widths[shifted] = -1
         elif backend == "numba":
             both = new = old  # in place
+        elif backend == "triton" and new == old:
+            both = new  # likewise
         else:
             both = max(old, new) if backend == "torch" else old + new  # torch: group by group
         others = carries[not shifted] + alive + 3 * tokens

@@ -64,14 +64,10 @@ def test_chain_equals_the_reference_forward_and_backward(chain: str, shifted: bo
         assert torch.allclose(got, expected, atol=1e-9, rtol=1e-7)
 
 
-# An interpreted kernel is slow: it meets the chains with a cut, and a dense one.
+# An interpreted kernel is slow: it meets the reference once here, and float64 in test_triton.py.
 KERNELS = [
     *(pytest.param("numba", torch.float32, chain, id=f"numba-{chain}") for chain in CHAINS),
-    *(
-        pytest.param("triton", dtype, chain, id=f"triton-{chain}-{str(dtype).removeprefix('torch.')}")
-        for chain in ("dense-until-wide", "cut-at-once", "keep-one", "late-cut")
-        for dtype in (torch.float32, torch.float16)
-    ),
+    pytest.param("triton", torch.float32, "cut-at-once", id="triton-cut-at-once"),
 ]
 
 

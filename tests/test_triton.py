@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,9 @@ Chain = check_triton.Chain
 
 
 @pytest.fixture(autouse=True)
-def _kernels_serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _kernels_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure is kept for the process: no test may leave one behind, or pass on the torch backend unnoticed."""
     monkeypatch.setattr(triton_backend, "failure", "")
-    yield
 
 
 @pytest.mark.parametrize("name", check_triton.SMALL)
@@ -89,6 +87,23 @@ def test_networks_equal_the_published_ones(path: Path) -> None:
     assert error.max() < 5e-3
 
 
+def test_gradients_equal_those_of_the_published_network() -> None:
+    path = golden_files("tiny_3conv_x4.weights.safetensors")[0]
+    golden = Golden(path)
+    expected = {k.removeprefix("grad."): v for k, v in golden.grad.items() if k.startswith("grad.")}
+    probe = next(value for key, value in golden.grad.items() if "probe" in key)
+    model = load_model(path).train()
+    model.set_attention_backend("triton")
+    image = golden.io["input"].requires_grad_()
+
+    (model(image) * probe).mean().backward()
+
+    assert not triton_backend.failure
+    got = {"input": image.grad, **{name: parameter.grad for name, parameter in model.named_parameters()}}
+    for name, value in expected.items():
+        assert check_triton.relative_error(got[name], value) < 1e-3, name  # borderline cuts in float32
+
+
 def layers(count: int, **options: Any) -> list[Tensor]:
     """Images of queries, keys and values of 1 x 2 windows of side 4, 2 heads of width 5."""
     torch.manual_seed(0)
@@ -127,6 +142,21 @@ def test_an_image_that_is_not_finite_leaves_no_index_unwritten() -> None:
         kept = carry.indices.long()
         assert kept.min() >= 0 and kept.max() < 16
         assert (kept.diff(dim=-1) > 0).all()  # no key twice
+
+
+def test_a_map_serves_one_layer_unless_gradients_are_recorded() -> None:
+    qkv = layers(1)[0]
+    with torch.inference_mode():
+        _, carry = triton_backend.attend(qkv, TABLE, None, keep=7, **OPTIONS)
+        room = carry.logits.data_ptr()
+        _, new = triton_backend.attend(qkv, TABLE, carry, keep=7, **OPTIONS)
+        assert new.logits.data_ptr() == room  # written over, as inference needs no second one
+        with pytest.raises(ValueError, match="serves one layer"):
+            triton_backend.attend(qkv, TABLE, carry, keep=7, **OPTIONS)
+    _, carry = triton_backend.attend(qkv, TABLE, None, keep=7, **OPTIONS)
+    first, _ = triton_backend.attend(qkv, TABLE, carry, keep=7, **OPTIONS)
+    again, _ = triton_backend.attend(qkv, TABLE, carry, keep=7, **OPTIONS)
+    assert torch.equal(first, again)
 
 
 @pytest.mark.parametrize("failing", [1, 2, 3], ids=["after dense", "after a dense map", "after a cut"])

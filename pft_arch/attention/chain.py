@@ -39,15 +39,6 @@ class DenseCarry:
     table: Tensor
 
 
-@dataclass(frozen=True)
-class FlatCarry:
-    """Of a kernel that takes all windows at once: logits (B * windows * heads, n, k) minus their row's maximum, and
-    int16 indices likewise, None where k = n."""
-
-    logits: Tensor
-    indices: Tensor | None
-
-
 def attend_by(
     map_layer: Callable[..., tuple[Tensor, Any]],
     qkv: Tensor,

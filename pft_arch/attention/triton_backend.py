@@ -27,7 +27,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import chain, torch_backend, triton_kernels
-from .chain import FlatCarry
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_WINDOW = 32  # `rows` holds whole rows of a map in registers
@@ -53,6 +52,16 @@ class DenseCarry:
     q: Tensor
     k: Tensor
     table: Tensor
+
+
+@dataclass
+class MapCarry:
+    """Logits (B * windows * heads, n, k) minus their row's maximum, and int16 indices likewise, ascending, None where
+    k = n. Where no gradients are recorded, the next layer writes over it or lets it go, and sets `logits` to None.
+    """
+
+    logits: Tensor | None
+    indices: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -140,20 +149,27 @@ def layer(qkv: Tensor, table: Tensor, carry: Any, geometry: Geometry, keep: int)
     qkv = qkv.contiguous()
     half = qkv.dtype != torch.float32 and not torch.is_grad_enabled()
     dtype = torch.float16 if half else torch.float32
-    if isinstance(carry, FlatCarry) and carry.indices is not None:
-        out, logits, indices = _Sparse.apply(qkv, table, carry.logits, carry.indices, geometry, keep, dtype)
-        return out, FlatCarry(logits, indices)
+    if isinstance(carry, MapCarry):
+        if carry.logits is None:
+            raise ValueError(chain.USED_UP)
+        if carry.indices is None:
+            q, k, v = _Pack.apply(qkv, geometry)
+            out, logits, indices = _Rows.apply(q, k, v, table, carry.logits, geometry, keep, dtype)
+        else:
+            out, logits, indices = _Sparse.apply(
+                qkv, table, carry.logits, carry.indices, geometry, keep, dtype, not torch.is_grad_enabled()
+            )
+        if not torch.is_grad_enabled():
+            carry.logits = carry.indices = None
+        return out, MapCarry(logits, indices)
     q, k, v = _Pack.apply(qkv, geometry)
-    logits = None
-    if isinstance(carry, FlatCarry):
-        logits = carry.logits
-    elif carry is not None:
+    if carry is not None:
         q, k, table = torch.cat([carry.q, q], -1), torch.cat([carry.k, k], -1), table + carry.table
-    if logits is None and keep == geometry.tokens and q.shape[-1] <= geometry.tokens // chain.TOKENS_PER_CHANNEL:
+    if keep == geometry.tokens and q.shape[-1] <= geometry.tokens // chain.TOKENS_PER_CHANNEL:
         out, _, _ = _Rows.apply(q, k, v, table, None, geometry, keep, None)
         return out, DenseCarry(q, k, table)
-    out, logits, indices = _Rows.apply(q, k, v, table, logits, geometry, keep, dtype)
-    return out, FlatCarry(logits, indices)
+    out, logits, indices = _Rows.apply(q, k, v, table, None, geometry, keep, dtype)
+    return out, MapCarry(logits, indices)
 
 
 def _for_torch(carry: Any, geometry: Geometry) -> Any:
@@ -163,7 +179,9 @@ def _for_torch(carry: Any, geometry: Geometry) -> Any:
         q, k = (x.unflatten(0, windows) for x in (carry.q * geometry.width**-0.5, carry.k))
         size = (geometry.down * geometry.window, geometry.across * geometry.window)
         return chain.concatenate(q, k, carry.table, None, *size, geometry.window, geometry.shift)
-    if isinstance(carry, FlatCarry):
+    if isinstance(carry, MapCarry):
+        if carry.logits is None:
+            raise ValueError(chain.USED_UP)
         logits = carry.logits.unflatten(0, windows)
         indices = None if carry.indices is None else carry.indices.unflatten(0, windows)
         count, heads, n = logits.shape[:3]
@@ -341,12 +359,15 @@ class _Rows(torch.autograd.Function):
 
 
 class _Sparse(torch.autograd.Function):
-    """A layer of kept entries, from the image: packed windows are made again for the backward, not kept."""
+    """A layer of kept entries, from the image: packed windows are made again for the backward, not kept.
+
+    in_place: whether the new map may lie where the old one does.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, table: Tensor, logits: Tensor, indices: Tensor, g: Geometry, keep: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype, in_place: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.geometry, ctx.keep = g, keep
@@ -355,7 +376,7 @@ class _Sparse(torch.autograd.Function):
         by_head = _by_head(table)
         out = g.image(qkv, flat, g.heads * g.width)
         lse = torch.empty(flat, n, device=qkv.device)
-        new_logits = torch.empty(flat, n, keep, dtype=dtype, device=qkv.device)
+        new_logits = logits if in_place and keep == kept else torch.empty(flat, n, keep, dtype=dtype, device=qkv.device)
         new_indices = torch.empty_like(new_logits, dtype=torch.int16) if keep < kept else indices
         columns = _power(kept, 8)
         save = keep < kept and any(ctx.needs_input_grad)
@@ -392,4 +413,4 @@ class _Sparse(torch.autograd.Function):
             CHUNK=16 // qkv.element_size(), num_warps=2,
         )  # fmt: skip
         d_qkv = _unpacked(qkv, d_q, d_k, d_v, g)
-        return d_qkv, d_table.sum(0).T.to(table.dtype), d_logits, None, None, None, None
+        return d_qkv, d_table.sum(0).T.to(table.dtype), d_logits, None, None, None, None, None
