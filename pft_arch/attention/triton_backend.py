@@ -322,7 +322,8 @@ class _Rows(torch.autograd.Function):
         flat, n, width = q.shape
         by_head = _by_head(table)
         d_out = torch.zeros_like(out) if d_out is None else d_out.to(v.dtype).contiguous()
-        small = q.dtype == torch.float32 or ctx.keep < n or logits is not None  # more values alive at once
+        # where more values are alive at once, tiles are smaller
+        small = q.dtype == torch.float32 or ctx.keep < n or logits is not None or width > 64
         tile = min(32 if small else 64, _power(n, 16))
         blocks = triton.cdiv(n, tile)
         before = torch.empty(flat, n, blocks, dtype=torch.int32, device=q.device) if ctx.keep < n else None
