@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import Golden, golden_files
+from pft_arch import load_model
 from pft_arch.attention import get_backend, torch_backend
 
 pytest.importorskip("triton")
@@ -70,6 +72,27 @@ def test_random_shapes_and_schedules(seed: int) -> None:
 def test_first_cut_of_the_published_window() -> None:
     result = check_triton.check(Chain(32, 1, 13, (250,), down=1, across=1), "fp16", gradients=False)
     assert result["passed"], result
+
+
+def test_a_network_and_its_gradients_equal_the_published_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SPARSE_TILE", "BACKWARD_TILE"):
+        monkeypatch.setattr(triton_backend, name, 2**14)
+    path = golden_files("tiny_3conv_x4.weights.safetensors")[0]
+    golden = Golden(path)
+    expected = {k.removeprefix("grad."): v for k, v in golden.grad.items() if k.startswith("grad.")}
+    probe = next(value for key, value in golden.grad.items() if "probe" in key)
+    model = load_model(path).train()
+    model.set_attention_backend("triton")
+    image = golden.io["input"].requires_grad_()
+
+    picture = model(image)
+    (picture * probe).mean().backward()
+
+    assert not triton_backend.failure
+    assert (picture - golden.io["output"]).abs().max() < 5e-3
+    got = {"input": image.grad, **{name: parameter.grad for name, parameter in model.named_parameters()}}
+    for name, value in expected.items():
+        assert check_triton.relative_error(got[name], value) < 1e-3, name  # borderline cuts in float32
 
 
 def layers(count: int, **options: Any) -> list[Tensor]:
