@@ -266,6 +266,8 @@ def _prepare(
     else:
         first()  # compiles, and fills caches that would count as memory
         working = peak_memory(run, device)
+    if not _is_itself(contender.backend, device, dtype):
+        raise RuntimeError(f"on {device} in {case.precision} this backend leaves the work to torch's")
     if counter:
         result.macs, result.macs_by = counter.get_total_flops() // 2, "counter"
     if working is not None:
@@ -283,7 +285,9 @@ def _is_itself(backend: str | None, device: torch.device, dtype: torch.dtype) ->
     if backend == "numba":
         return device.type == "cpu" and dtype == torch.float32
     if backend == "triton":
-        return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        from .attention import triton_backend
+
+        return not triton_backend.failure and (device.type == "cuda" or triton_backend.INTERPRETED)
     return True
 
 

@@ -171,6 +171,17 @@ def test_a_chain_goes_on_in_torch_wherever_the_kernels_fail(
     assert len([r for r in caplog.records if "plain torch" in r.getMessage()]) == 1
 
 
+def test_after_a_backward_kernel_failed_training_can_go_on_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"heads": 2, "window": 8, "shift": 0, "keep": 64}
+    qkv, table = torch.randn(1, 8, 8, 3 * 8, requires_grad=True), torch.randn(225, 2)
+    out, _ = triton_backend.attend(qkv, table, None, **options)
+    monkeypatch.setattr(triton_backend.triton_kernels, "keys_backward", triton_backend.triton_kernels.dense)
+    with pytest.raises(triton_backend.KernelError, match="does not run here"):
+        out.sum().backward()
+    triton_backend.attend(qkv, table, None, **options)[0].sum().backward()
+    assert qkv.grad is not None
+
+
 def test_without_a_gpu_the_compiled_kernels_hand_over_to_torch_with_one_line_of_log() -> None:
     code = """
 import torch

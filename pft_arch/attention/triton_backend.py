@@ -120,15 +120,13 @@ def attend(
     dropout: float = 0.0,
 ) -> tuple[Tensor, Any]:
     """See the package's docstring for arguments and result."""
-    global failure
     height, width, channels = qkv.shape[1:]
     geometry = Geometry(heads, channels // (3 * heads), window, shift, height // window, width // window)
     if not failure and not dropout and window <= MAX_WINDOW and _serves(qkv):
         try:
             return layer(qkv, table, carry, geometry, keep)
-        except KernelError as error:
-            failure = str(error.__cause__) or repr(error.__cause__)
-            log.warning("%s; attention goes on in plain torch, which is slower: %s", error, failure.splitlines()[0])
+        except KernelError:
+            pass  # told where it happened
     carry = _for_torch(carry, geometry)
     return torch_backend.attend(qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout)
 
@@ -191,14 +189,18 @@ def _for_torch(carry: Any, geometry: Geometry) -> Any:
 
 
 def _launch(kernel: Any, programs: int, *arguments: Tensor, **constants: Any) -> None:
-    """Starts a kernel on the device of its first argument."""
+    """Starts a kernel on the device of its first argument. One that does not start puts all out of use."""
+    global failure
     try:
         with torch.cuda.device_of(arguments[0]):
             kernel[(programs,)](*arguments, **constants)
-    except torch.cuda.OutOfMemoryError:
-        raise
     except Exception as error:
-        raise KernelError(f"the Triton kernel {kernel.__name__!r} does not run here") from error
+        if "out of memory" in str(error).lower():
+            raise
+        failure = str(error) or repr(error)
+        text = f"the Triton kernel {kernel.__name__!r} does not run here"
+        log.warning("%s; attention goes on in plain torch, which is slower: %s", text, failure.splitlines()[0])
+        raise KernelError(text) from error
 
 
 def _precision(dtype: torch.dtype) -> str:
