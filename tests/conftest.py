@@ -50,3 +50,19 @@ def photo() -> Tensor:
 
     with Image.open(DATA / "photo.png") as image:
         return torch.tensor(np.asarray(image.convert("RGB")))[None].float() / 255
+
+
+@pytest.fixture(scope="session")
+def repository_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that git keeps, in a repository of their own."""
+    from host.pack import copy_of_repository
+
+    return copy_of_repository(tmp_path_factory.mktemp("registry") / "repository")
+
+
+@pytest.fixture(scope="session")
+def registry_pack(repository_copy: Path) -> Path:
+    """The pack as the registry sends it to users."""
+    from host.pack import unpacked
+
+    return unpacked(repository_copy, repository_copy.parent / "pack")

