@@ -187,8 +187,8 @@ class Frontend:
         article.locator("table").first.wait_for()
         return article.inner_text()
 
-    def templates(self, pack: str) -> dict[str, str]:
-        """The cards of a pack in the Templates dialog, each with the address of the picture that is seen on it."""
+    def templates(self, pack: str) -> dict[str, list[int]]:
+        """The cards of a pack in the Templates dialog, each with the size of its picture, which is 0 if broken."""
         page = self.page
         page.get_by_role("button", name="Templates").click()
         dialog = page.get_by_role("dialog")
@@ -196,7 +196,7 @@ class Frontend:
         cards = dialog.get_by_test_id(re.compile("^template-workflow-"))
         cards.first.wait_for()
         page.wait_for_load_state("networkidle")
-        seen = "image => image.naturalWidth ? image.currentSrc : 'broken'"
+        seen = "image => [image.naturalWidth, image.naturalHeight]"
         found = {
             card.get_by_role("heading").inner_text(): card.locator("img").first.evaluate(seen) for card in cards.all()
         }
