@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .memory import peak_bytes
+from .memory import is_out_of_memory, peak_bytes
 from .network import PFTSR, from_config
 
 log = logging.getLogger(__name__)
@@ -282,12 +282,13 @@ def _crop(crop: Tensor, in_channels: int) -> Tensor:
 
 
 class _Runner:
-    """Forward passes that survive running out of memory and half precision's range."""
+    """Forward passes that survive running out of memory, half precision's range, and others who move the network."""
 
     def __init__(self, model: PFTSR, overlap: int, check_cancel: Callable[[], None]) -> None:
         self.model = model
         self.overlap = overlap
         self.check_cancel = check_cancel
+        self.place = _place(model)
         self.precise: PFTSR | None = None
         self.limit = float("inf")  # LR pixels per pass known to be too many
 
@@ -299,9 +300,13 @@ class _Runner:
             try:
                 return self._forward(pictures)
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                moved = any((weight.device, weight.dtype) != self.place for weight in self.model.parameters())
+                if not (moved or is_out_of_memory(error)):
                     raise
             # outside the handler, so that the failed pass's tensors are no longer referenced
+            if moved:  # a host has evicted the network in mid-pass, or another thread has cast it
+                self.model.to(*self.place)
+                return self.run(pictures)
             self.limit = min(self.limit, count * height * width)
             _empty_cache(_device(self.model))
         if count > 1:
@@ -359,13 +364,13 @@ def _passes(work: Iterable[tuple[T, Tile]]) -> Iterator[list[tuple[T, Tile]]]:
         yield group
 
 
+def _place(model: PFTSR) -> tuple[torch.device, torch.dtype]:
+    weight = next(model.parameters())
+    return weight.device, weight.dtype
+
+
 def _device(model: PFTSR) -> torch.device:
     return next(model.parameters()).device
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    words = str(error).lower()  # torch's own class for it is new; a CPU's allocator has its own words
-    return isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
 def _empty_cache(device: torch.device) -> None:

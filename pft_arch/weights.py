@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from .attention.windows import relative_position_index
 from .catalogue import BUNDLED, CATALOGUE, SUFFIXES, Variant, WeightsError, catalogue, default_folder
 from .config import PRESETS, SCALES, PFTConfig, preset
 from .hub import Progress, fetch, fetch_variant, parse_uri
+from .memory import is_out_of_memory
 from .network import PFTSR, from_config
 
 __all__ = [
@@ -118,10 +119,19 @@ def load_model(
     Raises:
         WeightsError: the file cannot be read, is no PFT file, does not fit the configuration, holds values that are
             not finite, or leaves open what the configuration is.
+        MemoryError: there is not memory enough for it.
     """
     path = resolve(path)
-    state, metadata = read_weights(path)
-    return from_state_dict(state, metadata, source=str(path), device=device, dtype=dtype, config=config)
+    try:
+        state, metadata = read_weights(path)
+        return from_state_dict(state, metadata, source=str(path), device=device, dtype=dtype, config=config)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # outside the handler, so that what was read is no longer referenced
+    raise MemoryError(
+        f"{path}: not enough memory to load it. Close other programs or unload other models, and try again"
+    )
 
 
 def from_state_dict(
@@ -227,12 +237,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Raises:
         WeightsError: the file cannot be read or holds no PFT weights.
+        MemoryError, RuntimeError: there is not memory enough for it; `is_out_of_memory` tells.
     """
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                metadata = dict(file.metadata() or {})
-                loaded: Any = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            content = path.read_bytes()  # not mapped: where a mapped file is cut while in use, the process dies
+            loaded: Any = deserialize(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            metadata = dict(header.get("__metadata__") or {})
         else:
             loaded = _read_pth(path)
             metadata = _metadata_of(loaded)
@@ -242,6 +254,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "Get the weights as .safetensors"
         ) from None
     except Exception as error:  # whatever a damaged file makes a parser raise
+        if is_out_of_memory(error):
+            raise
         reason = _told(str(error).partition("\n")[0] or type(error).__name__)
         raise WeightsError(f"{path}: cannot be read ({reason}); it may be cut or damaged, so get it again") from None
 

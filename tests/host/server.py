@@ -66,6 +66,7 @@ class Host:
         environment: further environment variables.
         pack: the pack itself, the whole repository unless a test says otherwise.
         frontend: whether to serve the real frontend, for a browser.
+        run_limit: seconds that a workflow may take.
     """
 
     home: Path
@@ -75,6 +76,7 @@ class Host:
     environment: Mapping[str, str] = field(default_factory=dict)
     pack: Path = REPOSITORY
     frontend: bool = False
+    run_limit: float = RUN_LIMIT
     url: str = field(init=False, default="")
     _process: subprocess.Popen[bytes] | None = field(init=False, default=None)
 
@@ -170,6 +172,16 @@ class Host:
         """What the button for unloading models and emptying the cache does; takes effect before the next run."""
         self._request("/free", {"unload_models": True, "free_memory": True})
 
+    def forget(self) -> None:
+        """Delete the records of workflows that have ended, which the host keeps in memory."""
+        self._request("/history", {"clear": True})
+
+    @property
+    def pid(self) -> int:
+        """The running host's process."""
+        assert self._process is not None
+        return self._process.pid
+
     def memory(self) -> int:
         """Bytes that the process holds, on Linux."""
         assert self._process is not None
@@ -179,7 +191,7 @@ class Host:
     def run(self, graph: Graph, on_message: Callable[[Message], None] | None = None) -> Run:
         """Submit a workflow in API format and wait for its end; `on_message` sees every message as it comes."""
         client = uuid.uuid4().hex
-        connection = create_connection(f"ws://{self.url}/ws?clientId={client}", timeout=RUN_LIMIT)
+        connection = create_connection(f"ws://{self.url}/ws?clientId={client}", timeout=self.run_limit)
         try:
             try:
                 answer = json.loads(self._request("/prompt", {"prompt": graph, "client_id": client}))
@@ -203,7 +215,7 @@ class Host:
         on_message: Callable[[Message], None] | None,
     ) -> list[Message]:
         messages: list[Message] = []
-        end = time.monotonic() + RUN_LIMIT
+        end = time.monotonic() + self.run_limit
         while time.monotonic() < end:
             frame = connection.recv()
             if not isinstance(frame, str):
@@ -219,7 +231,7 @@ class Host:
                 on_message(message)
             if message["type"] in ENDINGS:
                 return messages
-        raise HostError(f"the workflow did not end within {RUN_LIMIT} s:\n{self.log[-4000:]}")
+        raise HostError(f"the workflow did not end within {self.run_limit} s:\n{self.log[-4000:]}")
 
     def _outputs(self, prompt: str) -> list[Any]:
         """What the output nodes made. The host writes it down a moment after it has told of the end."""
