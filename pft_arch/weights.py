@@ -242,7 +242,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         if path.suffix == ".safetensors":
             content = path.read_bytes()  # not mapped: where a mapped file is cut while in use, the process dies
-            loaded: Any = deserialize(content)
+            loaded: Any = _deserialize(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
             metadata = dict(header.get("__metadata__") or {})
         else:
@@ -264,6 +264,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         found = ", ".join(map(_told, sorted(state)[:3])) or "nothing"
         raise WeightsError(f"{path}: no PFT-SR weights. It holds {len(state)} entries ({found}, ...), not {_QKV}")
     return state, metadata
+
+
+def _deserialize(content: bytes) -> dict[str, Tensor]:
+    try:
+        return deserialize(content)
+    except BaseException as error:  # safetensors panics where memory ends, which no host's `except Exception` catches
+        if type(error).__name__ == "PanicException":
+            raise MemoryError from None
+        raise
 
 
 def _read_pth(path: Path) -> Any:

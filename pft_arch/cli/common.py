@@ -108,7 +108,7 @@ def open_model(model: str, device: torch.device, dtype: torch.dtype) -> PFTSR:
 
     try:
         return load_model(resolve(model), device=device, dtype=dtype)
-    except WeightsError as error:
+    except (WeightsError, MemoryError) as error:
         raise CommandError(str(error)) from error
 
 
