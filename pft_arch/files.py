@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+run = ""  # of many processes that work together: what a killed one leaves half done is known by this
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write under, that becomes `path` in one step when the block ends well; else nothing of it is left."""
     path = path.resolve()  # a link goes on pointing at the file
-    temporary = path.with_name(f".pft-{secrets.token_hex(8)}.part")  # the same folder: a rename stays on one disk
+    temporary = path.with_name(f".pft-{run}{secrets.token_hex(8)}.part")  # the same folder: a rename stays on one disk
     try:
         yield temporary
         with open(temporary, "rb+") as file:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,10 @@ from .common import (
 )
 from .manifest import NAME as MANIFEST
 from .manifest import Manifest, identity
+from .storage import exists_in, is_url, location, stored_names
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
@@ -109,6 +111,20 @@ def add_upscale(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="N",
         help="input pixels by which tiles overlap, so that no seam shows (default: 0, by the network's window)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: images on all GPUs, or all CPUs, of a Ray cluster (RAY_ADDRESS) or of this machine; IN and OUT may "
+        "be URLs then, such as s3://bucket/folder (default: local, one file after the other)",
+    )
+    parser.add_argument(
+        "--worker-cpus",
+        type=whole_number,
+        default=1,
+        metavar="N",
+        help="with --engine ray: CPUs of each worker (default: 1)",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     parser.set_defaults(run=run_upscale)
 
@@ -134,21 +150,43 @@ class Job:
     is_video: bool
 
 
+# Enlarges files (each with whether its target may be replaced), and tells of each what went wrong, or nothing.
+Engine = Callable[[Iterable[tuple[Job, bool]], "Worker", "tqdm[Any]"], Iterator[tuple[Job, str]]]
+
+
 def run_upscale(args: argparse.Namespace) -> int:
+    allow_large_images()
+    if args.engine == "local" and (urls := list(filter(is_url, [*args.inputs, args.output]))):
+        raise UsageError(f"{urls[0]} is a URL, and needs --engine ray.")
+    jobs = plan_jobs(args.inputs, args.output, format=args.format, recursive=args.recursive)
+    if args.resume and _is_one_file(jobs, args.output):
+        raise UsageError("--resume goes with a folder as OUT. A single video goes on without it.")
+    if args.engine == "ray":
+        from .on_ray import cluster, refuse
+
+        refuse(args, jobs)
+        with cluster(args) as (device, engine):
+            return upscale_all(args, jobs, device, engine)
+    return upscale_all(args, jobs, pick_device(args.device), one_by_one)
+
+
+def allow_large_images() -> None:
     from PIL import Image
-    from tqdm import tqdm
 
     from ..images import MAX_PIXELS
 
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # a million images are not fetched from strangers: large ones are meant
-    jobs = plan_jobs(args.inputs, args.output, format=args.format, recursive=args.recursive)
-    if args.resume and _is_one_file(jobs, args.output):
-        raise UsageError("--resume goes with a folder as OUT. A single video goes on without it.")
-    device = pick_device(args.device)
+
+
+def upscale_all(args: argparse.Namespace, jobs: list[Job], device: torch.device, engine: Engine) -> int:
+    import torch
+    from tqdm import tqdm
+
     dtype = pick_dtype(args.precision, device)
-    model = open_model(args.model, device, dtype)
+    model = open_model(args.model, device if engine is one_by_one else torch.device("cpu"), dtype)
     worker = Worker(model, args, {"weights_sha256": weights_sha256(args.model), "settings": settings(args, str(dtype))})
     manifest = Manifest(Path(args.output), worker.common) if args.resume else None
+    exists = exists_in(location(args.output)) if args.skip_existing else None
 
     failures: list[str] = []
     with tqdm(
@@ -158,34 +196,42 @@ def run_upscale(args: argparse.Namespace) -> int:
         disable=args.quiet or not sys.stderr.isatty(),
     ) as bar:
         finished = 0
-        for number, job in enumerate(jobs, 1):
-            bar.set_postfix_str("", refresh=False)  # the tile of the file before
-            bar.set_description_str(f"{number}/{len(jobs)} {job.source.name}")
-            said = ""
-            if manifest and manifest.is_done(job.source, job.target):
-                said = f"{job.source}: done already"
-            elif args.skip_existing and job.target.exists():
-                said = f"{job.source}: {job.target} exists"
-            else:
-                overwrite = args.overwrite or (manifest is not None and manifest.made(job.target))
-                try:
-                    worker.run(job, overwrite, progress_of(bar, finished, job))
-                    said = f"{job.source} -> {job.target}"
-                    if manifest:
-                        manifest.add(job.source, job.target)
-                except (ValueError, RuntimeError, OSError, MemoryError) as error:  # must not cost the others
-                    failures.append(failure_text(job, error))
-                    bar.write(f"{PROGRAM}: {failures[-1]}", file=sys.stderr)
-                    if manifest:
-                        manifest.add(job.source, job.target, failures[-1])
-            if said and not args.quiet:
+
+        def settle(job: Job, said: str, failure: str = "") -> None:
+            nonlocal finished
+            if failure:
+                failures.append(failure)
+                bar.write(f"{PROGRAM}: {failure}", file=sys.stderr)
+            elif not args.quiet:
                 bar.write(said, file=sys.stdout)
             finished += job.weight
             bar.update(finished - bar.n)
 
+        def todo() -> Iterator[tuple[Job, bool]]:
+            for number, job in enumerate(jobs, 1):
+                bar.set_postfix_str("", refresh=False)  # the tile of the file before
+                bar.set_description_str(f"{number}/{len(jobs)} {job.source.name}")
+                if manifest and manifest.is_done(job.source, job.target):
+                    settle(job, f"{job.source}: done already")
+                elif exists and exists(job.target):
+                    settle(job, f"{job.source}: {job.target} exists")
+                else:
+                    yield job, args.overwrite or (manifest is not None and manifest.made(job.target))
+
+        for job, failure in engine(todo(), worker, bar):
+            settle(job, f"{job.source} -> {job.target}", failure)
+            if manifest:
+                manifest.add(job.source, job.target, failure)
+
     if failures and len(jobs) > 1:
         print(f"{PROGRAM}: {len(failures)} of {len(jobs)} files failed:", *failures, sep="\n  ", file=sys.stderr)
     return 1 if failures else 0
+
+
+def one_by_one(todo: Iterable[tuple[Job, bool]], worker: Worker, bar: tqdm[Any]) -> Iterator[tuple[Job, str]]:
+    """The engine of one process."""
+    for job, overwrite in todo:
+        yield job, worker.attempt(job, overwrite, progress_of(bar, bar.n, job))
 
 
 def settings(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
@@ -209,6 +255,14 @@ class Worker:
         self.model = model
         self.args = args
         self.common = common
+
+    def attempt(self, job: Job, overwrite: bool, progress: Callable[[int, int], None]) -> str:
+        """Enlarge a file; returns what went wrong: it must not cost the others."""
+        try:
+            self.run(job, overwrite, progress)
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+            return failure_text(job, error)
+        return ""
 
     def run(self, job: Job, overwrite: bool, progress: Callable[[int, int], None]) -> None:
         from ..images import prepare_target, read_animation
@@ -335,7 +389,7 @@ def plan_jobs(inputs: list[str], output: str, *, format: str | None, recursive: 
     from ..video import CONTAINERS, READ_SUFFIXES
 
     paths = [path for text in inputs for path in _matches(text)]
-    out, written = Path(output), (*SUFFIXES, *CONTAINERS)
+    out, written = location(output), (*SUFFIXES, *CONTAINERS)
     if len(paths) == 1 and not paths[0].is_dir() and _names_a_file(output, written):
         if format and SUFFIXES.get(out.suffix.lower()) != FORMATS[format]:
             raise UsageError(f"OUT is {out}, but --format says {format}. Leave one of them out.")
@@ -348,7 +402,7 @@ def plan_jobs(inputs: list[str], output: str, *, format: str | None, recursive: 
         if out.is_file() or (_names_a_file(output, written) and out.suffix.lower() in written):
             raise UsageError(f"OUT is the name of a file ({out}), and IN needs a folder. End it in / if it is one.")
         targets = {
-            source: out / _target_name(name, format)
+            source: out / _target_name(name, format).as_posix()
             for path in paths
             for source, name in _files(path, out, recursive, (*SUFFIXES, *READ_SUFFIXES))
         }
@@ -370,6 +424,8 @@ def _target_name(name: Path, format: str | None) -> Path:
 def _job(source: Path, target: Path) -> Job:
     from .. import images, video
 
+    if is_url(source):
+        return Job(source, target, 1, is_video=target.suffix.lower() in video.CONTAINERS)
     if target.suffix.lower() in video.CONTAINERS:
         width, height, frames = video.read_size(source) or (1, 1, 1)
         return Job(source, target, width * height * frames, is_video=True)
@@ -378,18 +434,18 @@ def _job(source: Path, target: Path) -> Job:
 
 
 def _is_one_file(jobs: list[Job], output: str) -> bool:
-    return len(jobs) == 1 and jobs[0].target == Path(output)
+    return len(jobs) == 1 and jobs[0].target == location(output)
 
 
 def _matches(text: str) -> list[Path]:
     """The path, or the files of a pattern where the shell has left one as it is, as on Windows."""
-    path = Path(text)
+    path = location(text)
     return [path] if path.exists() else [Path(match) for match in sorted(glob.glob(text))] or [path]
 
 
 def _names_a_file(output: str, suffixes: tuple[str, ...]) -> bool:
     """Whether OUT is meant as a file: it looks like one, and is no folder."""
-    path = Path(output)
+    path = location(output)
     if path.is_dir() or output.endswith(("/", os.sep)):
         return False
     if path.suffix[1:].isalpha() and path.suffix.lower() not in suffixes:
@@ -405,17 +461,21 @@ def _files(path: Path, out: Path, recursive: bool, suffixes: tuple[str, ...]) ->
     if not path.is_dir():
         yield path, Path(path.name)
         return
-    found = False
-    for folder, folders, files in os.walk(path):
-        # Hidden files are no pictures (macOS writes "._name.png"), and the last run's results are no input.
-        folders[:] = sorted(f for f in folders if recursive and f[0] != "." and not _same(Path(folder, f), out))
-        for name in sorted(files):
-            if name[0] != "." and Path(name).suffix.lower() in suffixes:
-                found = True
-                yield Path(folder, name), Path(folder, name).relative_to(path)
+    names = stored_names(path, out, recursive) if is_url(path) else _names(path, out, recursive)
+    # Hidden files are no pictures (macOS writes "._name.png").
+    found = [n for n in names if n.suffix.lower() in suffixes and not any(part[0] == "." for part in n.parts)]
     if not found:
         hint = "" if recursive else " --recursive looks into its sub-folders."
         raise UsageError(f"{path} holds no image and no video ({', '.join(suffixes)}).{hint}")
+    yield from ((path / name.as_posix(), name) for name in found)
+
+
+def _names(path: Path, out: Path, recursive: bool) -> Iterator[Path]:
+    """The files in a folder, by their names inside it."""
+    for folder, folders, files in os.walk(path):
+        # The last run's results are no input.
+        folders[:] = sorted(f for f in folders if recursive and f[0] != "." and not _same(Path(folder, f), out))
+        yield from (Path(folder, name).relative_to(path) for name in sorted(files))
 
 
 def _same(a: Path, b: Path) -> bool:
