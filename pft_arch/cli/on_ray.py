@@ -55,30 +55,32 @@ def cluster(args: argparse.Namespace) -> Iterator[tuple[torch.device, Engine]]:
 
     run = secrets.token_hex(4)
     folders: set[Path] = set()
-    with _connected() as ray:
-        gpus = args.device == "cuda" or (args.device == "auto" and "GPU" in ray.cluster_resources())
-        device = torch.device("cuda" if gpus else "cpu")
+    try:
+        with _connected() as ray:
+            gpus = args.device == "cuda" or (args.device == "auto" and "GPU" in ray.cluster_resources())
+            device = torch.device("cuda" if gpus else "cpu")
 
-        def engine(todo: Iterable[tuple[Job, bool]], worker: Worker, bar: tqdm[Any]) -> Iterator[tuple[Job, str]]:
-            # Looked for here and now: a worker could not tell what was there before from what a lost one has left.
-            exists = exists_in(location(args.output))
-            jobs = []
-            for job, overwrite in todo:
-                if not overwrite and exists(job.target):
-                    yield job, f"{job.target}: exists already. Allow overwriting, or write elsewhere."
-                else:
-                    jobs.append(job)
-            folders.update(job.target.resolve().parent for job in jobs if not is_url(job.target))
-            bar.set_description_str("ray")
-            sides = [(_full(job.source), _full(job.target)) for job in jobs]
-            open_work = Opener(worker, device, run)
-            for number, error in run_on(ray, sides, open_work, gpus=gpus, cpus_per_worker=args.worker_cpus):
-                yield jobs[number], error
+            def engine(todo: Iterable[tuple[Job, bool]], worker: Worker, bar: tqdm[Any]) -> Iterator[tuple[Job, str]]:
+                # Looked for here and now: a worker could not tell what was there before from what a lost one has left.
+                exists = exists_in(location(args.output))
+                jobs = []
+                for job, overwrite in todo:
+                    if not overwrite and exists(job.target):
+                        yield job, f"{job.target}: exists already. Allow overwriting, or write elsewhere."
+                    else:
+                        jobs.append(job)
+                folders.update(job.target.resolve().parent for job in jobs if not is_url(job.target))
+                bar.set_description_str("ray")
+                sides = [(_full(job.source), _full(job.target)) for job in jobs]
+                open_work = Opener(worker, device, run)
+                for number, error in run_on(ray, sides, open_work, gpus=gpus, cpus_per_worker=args.worker_cpus):
+                    yield jobs[number], error
 
-        yield device, engine
-    for folder in folders:
-        for part in folder.glob(f".pft-{run}*.part"):  # of workers that were killed
-            part.unlink(missing_ok=True)
+            yield device, engine
+    finally:
+        for folder in folders:
+            for part in folder.glob(f".pft-{run}*.part"):  # of workers that were killed
+                part.unlink(missing_ok=True)
 
 
 def run_on(
