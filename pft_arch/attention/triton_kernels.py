@@ -748,8 +748,9 @@ def table_backward(
     total = tl.zeros([TILE, TILE], tl.float32)
     for i_round in range(ROUNDS):
         i_b = (((i_part // BIAS_HEADS) * ROUNDS + i_round) * BIAS_HEADS + i_part % BIAS_HEADS).to(tl.int64)
-        m_i = (o_i < N) & (i_b < FLAT)
-        m_j = (o_j < N) & (i_b < FLAT)
+        left = FLAT - i_b + tl.zeros([TILE], tl.int64)  # a tensor: Triton 3.9's interpreter has no scalar truth values
+        m_i = (o_i < N) & (left > 0)
+        m_j = (o_j < N) & (left > 0)
         o_pixel = _pixels(i_b // HEADS, o_i, DOWN, ACROSS, SHIFT, WINDOW) * HEADS + i_b % HEADS
         b_q = _rows_of(q_ptr + i_b * N * QK, o_i, o_w, m_i, QK)
         b_k = _rows_of(k_ptr + i_b * N * QK, o_j, o_w, m_j, QK)
