@@ -1,7 +1,7 @@
 """The command line, `pft-sr`.
 
 One module per command adds its parser and names the function that runs it; `COMMANDS` lists them. What only
-some commands need (Pillow, PyAV, Ray, ...) is imported by the functions that run: `pft-sr --help` waits for torch alone.
+some commands need (Pillow, PyAV, Ray) is imported by the functions that run: `pft-sr --help` waits for torch alone.
 
 Exit codes: 0 done, 1 something failed, 2 wrong usage, 130 interrupted, 143 terminated (SIGTERM).
 """
