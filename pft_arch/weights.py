@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pickle
-import secrets
 import zipfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +24,7 @@ from torch import Tensor
 from .attention.windows import relative_position_index
 from .catalogue import BUNDLED, CATALOGUE, SUFFIXES, Variant, WeightsError, catalogue, default_folder
 from .config import PRESETS, SCALES, PFTConfig, preset
+from .files import replacing
 from .hub import Progress, fetch, fetch_variant, parse_uri
 from .memory import is_out_of_memory
 from .network import PFTSR, from_config
@@ -166,14 +165,8 @@ def save_model(model: PFTSR, path: str | Path, metadata: Mapping[str, str] | Non
     """Write a network as .safetensors, configuration included; the file appears whole or not at all."""
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k != _RECOMPUTABLE}
     content = serialize(state, {**(metadata or {}), "config": json.dumps(model.config.to_dict())})
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")  # beside it: a rename stays on one disk
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(content)
 
 
 def is_pft_file(path: str | Path) -> bool:
