@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .attention import on_device, torch_backend
-from .attention.chain import TOKENS_PER_CHANNEL
+from .attention.chain import dense_pays
 from .config import PFTConfig
 from .network import HEAD_CHANNELS, PFTSR, ProgressiveFocusedAttention
 
@@ -61,7 +61,7 @@ def _layers(c: PFTConfig, item: int, backend: str, pixels: int, scores: int) -> 
         if widths[shifted] >= 0:
             widths[shifted] += c.head_dim + 4 * shifted if backend != "triton" else packed // (3 * heads * item)
             product = heads * widths[shifted] * item  # queries, or keys, of all layers so far
-            if keep == n and widths[shifted] <= n // TOKENS_PER_CHANNEL:
+            if dense_pays(widths[shifted], n, keep):
                 new = 2.0 * product
                 work = 4 * tokens + 2 * product if backend != "triton" else tokens + packed
                 both = old + new

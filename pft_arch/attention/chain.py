@@ -56,36 +56,15 @@ def attend_by(
     map_layer(q, k, v, table, carry, window, keep, dropout) -> (out like v, carry): q, k (windows, heads, n, any width),
     q scaled, v (windows, heads, n, d); carry None or what it returned for the layer before.
     """
-    if carry is None or isinstance(carry, DenseCarry):
-        out, layer = dense_layer(qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout)
-        if out is not None:
-            return out, layer
-        q, k, table, carry = layer.q, layer.k, layer.table, None
-        _, _, v = split(qkv, heads, window, shift)
-    else:
-        q, k, v = split(qkv, heads, window, shift)
-    out, carry = map_layer(q, k, v, table, carry, window, keep, dropout)
-    return join(out, window, shift, *qkv.shape[1:3]), carry
-
-
-def dense_layer(
-    qkv: Tensor,
-    table: Tensor,
-    carry: DenseCarry | None,
-    *,
-    heads: int,
-    window: int,
-    shift: int,
-    keep: int,
-    dropout: float,
-) -> tuple[Tensor | None, DenseCarry]:
-    """A layer of a chain that is dense so far: its output, None where dense attention does not pay, and the chain."""
     height, width = qkv.shape[1:3]
     q, k, v = split(qkv, heads, window, shift)
-    layer = concatenate(q, k, table, carry, height, width, window, shift)
-    if keep < window * window or not dense_pays(layer):
-        return None, layer
-    return join(dense_attention(layer, v, window, dropout), window, shift, height, width), layer
+    if carry is None or isinstance(carry, DenseCarry):
+        dense = concatenate(q, k, table, carry, height, width, window, shift)
+        if dense_pays(dense.q.shape[-1], window * window, keep):
+            return join(dense_attention(dense, v, window, dropout), window, shift, height, width), dense
+        q, k, table, carry = dense.q, dense.k, dense.table, None
+    out, carry = map_layer(q, k, v, table, carry, window, keep, dropout)
+    return join(out, window, shift, height, width), carry
 
 
 def split(qkv: Tensor, heads: int, window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,10 +96,10 @@ def concatenate(
     return DenseCarry(torch.cat(parts_q, -1), torch.cat(parts_k, -1), table)
 
 
-def dense_pays(layer: DenseCarry) -> bool:
-    """Whether queries and keys are still smaller and quicker than the map that they make."""
-    *_, n, width = layer.q.shape
-    return width <= n // TOKENS_PER_CHANNEL
+def dense_pays(width: int, tokens: int, keep: int) -> bool:
+    """Whether a layer of a chain that is dense so far is dense too: it cuts nothing, and queries and keys of all layers
+    so far, `width` channels of a head, are smaller and quicker than the map that they make."""
+    return keep == tokens and width <= tokens // TOKENS_PER_CHANNEL
 
 
 def dense_attention(layer: DenseCarry, v: Tensor, window: int, dropout: float) -> Tensor:

@@ -22,7 +22,7 @@ from numba import njit
 from torch import Tensor
 
 from . import torch_backend
-from .chain import USED_UP, DenseCarry, dense_layer
+from .chain import USED_UP, DenseCarry, concatenate, dense_attention, dense_pays, join, split
 from .fastmath import LANES, add, bits_to_float, exp_negative, float_to_bits, load, multiply_add, store, total, zeros
 
 F, I = np.float32, np.int32  # noqa: E741
@@ -61,10 +61,12 @@ def attend(
         if not carry.kept:
             raise ValueError(USED_UP)
         return _layer(qkv, None, table, carry, heads, window, shift, keep)
-    out, layer = dense_layer(qkv, table, carry, **options)
-    if out is not None:
-        return out, layer
-    return _layer(qkv, layer, layer.table, None, heads, window, shift, keep)
+    height, width = qkv.shape[1:3]
+    q, k, v = split(qkv, heads, window, shift)
+    dense = concatenate(q, k, table, carry, height, width, window, shift)
+    if dense_pays(dense.q.shape[-1], window * window, keep):
+        return join(dense_attention(dense, v, window, dropout), window, shift, height, width), dense
+    return _layer(qkv, dense, dense.table, None, heads, window, shift, keep)
 
 
 def _layer(

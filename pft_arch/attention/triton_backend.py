@@ -163,7 +163,7 @@ def layer(qkv: Tensor, table: Tensor, carry: Any, geometry: Geometry, keep: int)
     q, k, v = _Pack.apply(qkv, geometry)
     if carry is not None:
         q, k, table = torch.cat([carry.q, q], -1), torch.cat([carry.k, k], -1), table + carry.table
-    if keep == geometry.tokens and q.shape[-1] <= geometry.tokens // chain.TOKENS_PER_CHANNEL:
+    if chain.dense_pays(q.shape[-1], geometry.tokens, keep):
         out, _, _ = _Rows.apply(q, k, v, table, None, geometry, keep, None)
         return out, DenseCarry(q, k, table)
     out, logits, indices = _Rows.apply(q, k, v, table, None, geometry, keep, dtype)
