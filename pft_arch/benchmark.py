@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import get_backend
+from .attention import get_backend, serving
 from .config import PFTConfig, preset
 from .network import HEAD_CHANNELS, from_config, upsampling_steps
 from .rivals import SPANDREL, published_network, spandrel_network
@@ -282,13 +282,7 @@ def _prepare(
 
 def _is_itself(backend: str | None, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a backend has kernels of its own for that, and does not hand over to another."""
-    if backend == "numba":
-        return device.type == "cpu" and dtype == torch.float32
-    if backend == "triton":
-        from .attention import triton_backend
-
-        return not triton_backend.failure and (device.type == "cuda" or triton_backend.INTERPRETED)
-    return True
+    return backend in (None, "auto") or serving(get_backend(backend), device, dtype) == backend
 
 
 def _flop_counter() -> Any:

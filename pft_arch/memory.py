@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .attention import on_device, torch_backend
+from .attention import serving, torch_backend
 from .attention.chain import dense_pays
 from .config import PFTConfig
 from .network import HEAD_CHANNELS, PFTSR, ProgressiveFocusedAttention
@@ -32,14 +32,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _backend(model: PFTSR) -> str:
-    """What will compute the attention: torch, numba or triton."""
+    """What will compute the attention: torch, numba or triton. The reference is counted as torch."""
     weight = next(model.parameters())
-    device = weight.device.type
     attend = next(module.attend for module in model.modules() if isinstance(module, ProgressiveFocusedAttention))
-    name = on_device(attend, device).__module__.rpartition(".")[2].removesuffix("_backend")
-    if name == "numba" and device == "cpu" and weight.element_size() == 4:
-        return "numba"
-    return "triton" if name == "triton" and device == "cuda" else "torch"
+    name = serving(attend, weight.device, weight.dtype)
+    return "torch" if name == "reference" else name
 
 
 def _layers(c: PFTConfig, item: int, backend: str, pixels: int, scores: int) -> float:

@@ -187,7 +187,7 @@ def test_without_a_gpu_the_compiled_kernels_hand_over_to_torch_with_one_line_of_
 import torch
 from pft_arch import create_pft_sr
 from pft_arch.attention import triton_backend
-triton_backend.INTERPRETED, triton_backend._serves = False, lambda qkv: True  # start them, GPU or not
+triton_backend.serves = lambda device, dtype: not triton_backend.failure  # start them, GPU or not
 model = create_pft_sr(2, "light").eval()
 model.set_attention_backend("triton")
 image = torch.rand(1, 3, 8, 8)

@@ -57,9 +57,12 @@ def get_backend(name: str) -> Attend:
     return attend
 
 
-def on_device(attend: Attend, device: str) -> Attend:
-    """What a backend comes down to on a device of that type: itself, unless it is "auto"."""
-    return _fastest(device) if attend is _automatic else attend
+def serving(attend: Attend, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the backend that does the work there: "auto" chooses one, and torch does what another does not serve."""
+    module = import_module((_fastest(device.type) if attend is _automatic else attend).__module__)
+    if hasattr(module, "serves") and not module.serves(device, dtype):
+        return "torch"
+    return module.__name__.rpartition(".")[2].removesuffix("_backend")
 
 
 def _automatic(qkv: Tensor, table: Tensor, carry: Carry, **options: Any) -> tuple[Tensor, Carry]:

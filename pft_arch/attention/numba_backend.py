@@ -54,7 +54,7 @@ def attend(
 ) -> tuple[Tensor, Any]:
     """See the package's docstring for arguments and result."""
     options: dict[str, Any] = {"heads": heads, "window": window, "shift": shift, "keep": keep, "dropout": dropout}
-    fits = qkv.device.type == "cpu" and qkv.dtype == torch.float32 and not dropout
+    fits = serves(qkv.device, qkv.dtype) and not dropout
     if not fits or (torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)):
         return torch_backend.attend(qkv, table, carry, **options)
     if isinstance(carry, RowCarry):
@@ -66,7 +66,13 @@ def attend(
     dense = concatenate(q, k, table, carry, height, width, window, shift)
     if dense_pays(dense.q.shape[-1], window * window, keep):
         return join(dense_attention(dense, v, window, dropout), window, shift, height, width), dense
+    del q, k, v  # read from the image
     return _layer(qkv, dense, dense.table, None, heads, window, shift, keep)
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs there."""
+    return device.type == "cpu" and dtype == torch.float32
 
 
 def _layer(

@@ -122,7 +122,7 @@ def attend(
     """See the package's docstring for arguments and result."""
     height, width, channels = qkv.shape[1:]
     geometry = Geometry(heads, channels // (3 * heads), window, shift, height // window, width // window)
-    if not failure and not dropout and window <= MAX_WINDOW and _serves(qkv):
+    if not dropout and window <= MAX_WINDOW and serves(qkv.device, qkv.dtype):
         try:
             return layer(qkv, table, carry, geometry, keep)
         except KernelError:
@@ -131,11 +131,10 @@ def attend(
     return torch_backend.attend(qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout)
 
 
-def _serves(qkv: Tensor) -> bool:
-    """Whether kernels run on that device in that dtype. The interpreter takes the bits of bfloat16 for numbers."""
-    if INTERPRETED:
-        return qkv.dtype in (torch.float32, torch.float16)
-    return qkv.is_cuda and qkv.dtype in (torch.float32, torch.float16, torch.bfloat16)
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether kernels run there, none having failed. The interpreter takes the bits of bfloat16 for numbers."""
+    dtypes = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
+    return not failure and (INTERPRETED or device.type == "cuda") and dtype in dtypes
 
 
 def layer(qkv: Tensor, table: Tensor, carry: Any, geometry: Geometry, keep: int) -> tuple[Tensor, Any]:
