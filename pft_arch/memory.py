@@ -24,13 +24,6 @@ def peak_bytes(model: PFTSR, height: int, width: int) -> float:
     return max(_layers(c, item, backend, pixels, scores), pixels * _head(c) * item)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is one of memory, by its words: torch's own class for it is new, and allocators have theirs."""
-    words = str(error).lower()
-    told = ("out of memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, MemoryError) or any(text in words for text in told)
-
-
 def _backend(model: PFTSR) -> str:
     """What will compute the attention: torch, numba or triton. The reference is counted as torch."""
     weight = next(model.parameters())

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .memory import is_out_of_memory, peak_bytes
+from .errors import is_out_of_memory
+from .memory import peak_bytes
 from .network import PFTSR, from_config
 
 log = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from torch import Tensor
 from .attention.windows import relative_position_index
 from .catalogue import BUNDLED, CATALOGUE, SUFFIXES, Variant, WeightsError, catalogue, default_folder
 from .config import PRESETS, SCALES, PFTConfig, preset
+from .errors import is_out_of_memory
 from .files import replacing
 from .hub import Progress, fetch, fetch_variant, parse_uri
-from .memory import is_out_of_memory
 from .network import PFTSR, from_config
 
 __all__ = [

@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..errors import is_out_of_memory
 from . import chain, torch_backend, triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -194,7 +195,7 @@ def _launch(kernel: Any, programs: int, *arguments: Tensor, **constants: Any) ->
         with torch.cuda.device_of(arguments[0]):
             kernel[(programs,)](*arguments, **constants)
     except Exception as error:
-        if "out of memory" in str(error).lower():
+        if is_out_of_memory(error):
             raise
         failure = str(error) or repr(error)
         text = f"the Triton kernel {kernel.__name__!r} does not run here"
