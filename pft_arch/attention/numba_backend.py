@@ -6,7 +6,10 @@ entries are gathered dot products; before the first cut, those of four queries a
 rows stay in the first-level cache. The bias needs no n x n table: query i and key j find it at start[i] + offset[j].
 The cut is a search for the smallest logit kept: no sorting. A chain keeps one buffer from its first cut to its end.
 
-For inference in float32; everything else (gradients, other dtypes and devices, dropout) is the torch backend's.
+The backward kernel makes every row's logits again from the carry, and the gradients of one window and head from them in
+one go, so that a training holds no map but the carries, and none while nothing is cut.
+
+For float32; everything else (other dtypes and devices, dropout) is the torch backend's.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from numba import njit
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import torch_backend
-from .chain import USED_UP, DenseCarry, concatenate, dense_attention, dense_pays, join, split
+from .chain import USED_UP, DenseCarry, concatenate, dense_layer, dense_pays, split
 from .fastmath import LANES, add, bits_to_float, exp_negative, float_to_bits, load, multiply_add, store, total, zeros
 
 F, I = np.float32, np.int32  # noqa: E741
@@ -33,12 +38,30 @@ PARTS_PER_THREAD = 4  # so that threads end at about the same time
 @dataclass
 class RowCarry:
     """Logits minus their row's maximum, and int16 indices, None where nothing is cut: (B * windows * heads * n, room),
-    of which the first `kept` entries of a row hold. The next layer writes into the same memory, and sets `kept` to 0.
+    of which the first `kept` entries of a row hold. Where no gradients are recorded, the next layer writes into the
+    same memory, and sets `kept` to 0.
     """
 
     logits: Tensor
     indices: Tensor | None
     kept: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel knows of a layer beside its arrays. kept, keep: entries of a row before and after."""
+
+    heads: int
+    window: int
+    shift: int
+    height: int
+    width: int
+    kept: int
+    keep: int
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        return self.height, self.width, self.window, self.shift
 
 
 def attend(
@@ -54,66 +77,107 @@ def attend(
 ) -> tuple[Tensor, Any]:
     """See the package's docstring for arguments and result."""
     options: dict[str, Any] = {"heads": heads, "window": window, "shift": shift, "keep": keep, "dropout": dropout}
-    fits = serves(qkv.device, qkv.dtype) and not dropout
-    if not fits or (torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)):
+    if qkv.device.type != "cpu" or qkv.dtype != torch.float32 or dropout:
         return torch_backend.attend(qkv, table, carry, **options)
-    if isinstance(carry, RowCarry):
-        if not carry.kept:
-            raise ValueError(USED_UP)
-        return _layer(qkv, None, table, carry, heads, window, shift, keep)
+    training, n = torch.is_grad_enabled(), window * window
     height, width = qkv.shape[1:3]
-    q, k, v = split(qkv, heads, window, shift)
-    dense = concatenate(q, k, table, carry, height, width, window, shift)
-    if dense_pays(dense.q.shape[-1], window * window, keep):
-        return join(dense_attention(dense, v, window, dropout), window, shift, height, width), dense
-    del q, k, v  # read from the image
-    return _layer(qkv, dense, dense.table, None, heads, window, shift, keep)
+    kept = carry.kept if isinstance(carry, RowCarry) else n
+    shape = Shape(heads, window, shift, height, width, kept, keep)
+    if isinstance(carry, RowCarry):
+        if not kept:
+            raise ValueError(USED_UP)
+        out, *maps = _Layer.apply(qkv, None, None, table, carry.logits, carry.indices, shape, True, not training)
+        carry.kept = kept if training else 0
+        return out, RowCarry(*maps, keep)
+    if training:
+        q, k, _ = split(qkv, heads, window, shift)
+        dense = concatenate(q, k, table, carry, height, width, window, shift)
+        rows = _rows(dense.q), _rows(dense.k)
+        if keep == n and dense_pays(dense):  # torch's kernel would make maps, since the bias has a gradient
+            out, *_ = _Layer.apply(qkv, *rows, dense.table, None, None, shape, False, False)
+            return out, dense
+    else:
+        attended, dense = dense_layer(qkv, table, carry, **options)
+        if attended is not None:
+            return attended, dense
+        rows = _rows(dense.q), _rows(dense.k)
+    out, *maps = _Layer.apply(qkv, *rows, dense.table, None, None, shape, True, False)
+    return out, RowCarry(*maps, keep)
 
 
-def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel runs there."""
-    return device.type == "cpu" and dtype == torch.float32
+class _Layer(torch.autograd.Function):
+    """A layer by kernels. dense_q, dense_k: of all layers so far, as by `_rows`; without them, the image's own on top
+    of a carry.
+
+    mapped: whether a carry is handed on; in_place: whether it lies where the old one does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, dense_q: Tensor | None, dense_k: Tensor | None, table: Tensor, logits: Tensor | None,
+        indices: Tensor | None, shape: Shape, mapped: bool, in_place: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.shape = shape
+        tokens, keep = _tokens(qkv, shape), shape.keep
+        parts = len(tokens) * shape.heads // shape.window**2
+        rows = parts * shape.window**2
+        out = torch.empty_like(tokens[:, :1])
+        new_logits, new_indices = logits, indices
+        if not in_place:
+            new_logits = torch.empty(rows, keep) if mapped else None
+        if keep < shape.kept and not (in_place and indices is not None):
+            new_indices = torch.empty(rows, keep, dtype=torch.int16)
+            ctx.mark_non_differentiable(new_indices)
+        arrays = [
+            *(_array(x, 4) for x in (tokens, out, dense_q, dense_k)),
+            _array(_bias_rows(table, shape.window), 3),
+            *(_array(x, 2) for x in (logits, new_logits)),
+            *(_array(x, 2, torch.int16) for x in (indices, new_indices)),
+        ]
+        present = (logits is not None, indices is not None, mapped)
+        in_threads(lambda first, last: _forward(*arrays, *shape.place, shape.kept, keep, *present, first, last), parts)
+        ctx.save_for_backward(qkv, dense_q, dense_k, table, logits, indices, new_indices)
+        return out.view(*qkv.shape[:3], -1), new_logits, new_indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_new: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        qkv, dense_q, dense_k, table, logits, indices, new_indices = ctx.saved_tensors
+        shape: Shape = ctx.shape
+        tokens = _tokens(qkv, shape)
+        d_tokens = torch.zeros_like(tokens)
+        d_out = torch.zeros_like(tokens[:, :1]) if d_out is None else d_out.reshape(tokens[:, :1].shape)
+        d_q, d_k, d_logits = (None if x is None else torch.empty(x.shape) for x in (dense_q, dense_k, logits))
+        parts = len(tokens) * shape.heads // shape.window**2
+        d_table = torch.zeros(parts, (2 * shape.window - 1) ** 2)
+        arrays = [
+            *(_array(x, 4) for x in (tokens, d_out, d_tokens, dense_q, dense_k, d_q, d_k)),
+            _array(_bias_rows(table, shape.window), 3),
+            *(_array(x, 2) for x in (logits, d_logits, d_new, d_table)),
+            *(_array(x, 2, torch.int16) for x in (indices, new_indices)),
+        ]
+        kernel = _dense_backward if indices is None else _sparse_backward
+        present = (logits is not None, d_new is not None)
+        in_threads(lambda first, last: kernel(*arrays, *shape.place, shape.keep, *present, first, last), parts)
+        by_column = d_table.view(-1, shape.heads // table.shape[1], table.shape[1], d_table.shape[1]).sum((0, 1))
+        return d_tokens.view(qkv.shape), d_q, d_k, by_column.flip(1).T, d_logits, None, None, None, None
 
 
-def _layer(
-    qkv: Tensor,
-    dense: DenseCarry | None,
-    table: Tensor,
-    carry: RowCarry | None,
-    heads: int,
-    window: int,
-    shift: int,
-    keep: int,
-) -> tuple[Tensor, RowCarry]:
-    """One layer with a map: of the chain so far, either `dense` with this layer's queries and keys, or a carry."""
-    batch, height, width, channels = qkv.shape
-    n = window * window
-    parts = batch * height * width // n * heads
-    tokens = qkv.view(-1, 3, heads, channels // (3 * heads))
-    out = torch.empty_like(tokens[:, 0])
-    logits = carry.logits if carry else torch.empty(parts * n, keep)
-    indices = carry.indices if carry else None
-    has_index, kept = indices is not None, carry.kept if carry else n
-    if indices is None and keep < n:
-        indices = torch.empty(parts * n, keep, dtype=torch.int16)
+def _tokens(qkv: Tensor, shape: Shape) -> Tensor:
+    """(B, H, W, 3C) -> (B * H * W, 3, heads, d)."""
+    return qkv.contiguous().view(qkv.shape[:3].numel(), 3, shape.heads, -1)
 
-    # a kernel's arguments have one type whether they are there or not
-    nothing = torch.empty(0, 0)
-    tensors = (
-        tokens,
-        dense.q.flatten(0, 2) if dense else nothing,
-        dense.k.flatten(0, 2) if dense else nothing,
-        _bias_rows(table, window),
-        out,
-        logits,
-        nothing.short() if indices is None else indices,
-    )
-    if carry:
-        carry.kept = 0
-    arrays = [x.detach().contiguous().numpy() for x in tensors]
-    options = (height, width, window, shift, kept, keep, carry is not None, has_index)
-    in_threads(lambda first, last: _kernel(*arrays, *options, first, last), parts)
-    return out.view(batch, height, width, channels // 3), RowCarry(logits, indices, keep)
+
+def _rows(x: Tensor) -> Tensor:
+    """(B * windows, heads, n, depth) -> (B * windows * heads * n, 1, 1, depth), the axes of `_tokens`."""
+    return x.reshape(-1, 1, 1, x.shape[-1])
+
+
+def _array(x: Tensor | None, axes: int, dtype: torch.dtype = torch.float32) -> NDArray[Any]:
+    """For kernels, whose arguments have one type whether they are there or not."""
+    array: NDArray[Any] = (torch.empty([0] * axes, dtype=dtype) if x is None else x.detach().contiguous()).numpy()
+    return array
 
 
 def in_threads(work: Callable[[int, int], None], count: int) -> None:
@@ -148,25 +212,25 @@ def _compiled(function: Callable[..., None]) -> Any:
 
 
 @_compiled
-def _kernel(  # type: ignore[no-untyped-def]
-    qkv, dense_q, dense_k, biases, out, carry, index,
-    height, width, window, shift, kept, keep, has_carry, has_index, first, last,
+def _forward(  # type: ignore[no-untyped-def]
+    qkv, out, dense_q, dense_k, biases, carry, new_carry, index, new_index,
+    height, width, window, shift, kept, keep, has_carry, has_index, has_new, first, last,
 ):  # fmt: skip
     """Windows and heads `first` to `last` of one layer; row r of a map is query r % n of window and head r // n.
 
-    qkv (B * H * W, 3, heads, d); dense_q, dense_k (rows, depth), or empty: then the image's own queries and keys are
-    taken; biases as of `_bias_rows`. Writes out (B * H * W, heads, d) and, in place, carry and index (rows, ..), of
-    which `kept` entries a row hold before and `keep` after.
+    qkv (B * H * W, 3, heads, d); dense_q, dense_k (rows, 1, 1, depth), or empty: then the image's own queries and keys
+    are taken; biases as of `_bias_rows`. Reads carry and index, of which `kept` entries a row hold; writes
+    out (B * H * W, 1, heads, d), and new_carry and new_index, `keep` entries a row, which may lie in the same memory.
     """
     _, _, heads, d = qkv.shape
     n = window * window
-    depth, wide = dense_q.shape[1], _padded(d)
+    depth, wide = dense_q.shape[3], _padded(d)
     dense = depth > 0
     if not dense:
         depth = wide if has_index else d
     scale = F(1 / np.sqrt(d))
 
-    pixel = np.empty(n, np.int64)
+    pixel, own = np.empty(n, np.int64), np.arange(n)
     query, key, value = np.zeros((n + ROWS) * depth, F), np.zeros(_padded(n) * depth, F), np.zeros(n * wide, F)
     scores = np.empty((ROWS, _padded(n)), F)
     logit, weight, size = np.empty(kept, F), np.empty(kept, F), np.empty(kept, I)
@@ -179,23 +243,13 @@ def _kernel(  # type: ignore[no-untyped-def]
         head = b % heads
         if b == first or head == 0:
             _find_pixels(b // heads, height, width, window, shift, pixel)
-        for t in range(n):
-            p = pixel[t]
-            for c in range(d):
-                value[t * wide + c] = qkv[p, 2, head, c]
-            panel = t // LANES * LANES * depth + t % LANES  # keys lie as (n / LANES, depth, LANES) for _score
-            if has_index:
-                for c in range(d):
-                    query[t * depth + c] = qkv[p, 0, head, c] * scale
-                    key[t * depth + c] = qkv[p, 1, head, c]
-            elif dense:
-                for c in range(depth):
-                    query[t * depth + c] = dense_q[b * n + t, c]
-                    key[panel + c * LANES] = dense_k[b * n + t, c]
-            else:
-                for c in range(d):
-                    query[t * depth + c] = qkv[p, 0, head, c] * scale
-                    key[panel + c * LANES] = qkv[p, 1, head, c]
+        _read(qkv, 2, head, pixel, F(1), value, wide, False)
+        if dense:
+            _read(dense_q, 0, 0, own + b * n, F(1), query, depth, False)
+            _read(dense_k, 0, 0, own + b * n, F(1), key, depth, True)
+        else:
+            _read(qkv, 0, head, pixel, scale, query, depth, False)
+            _read(qkv, 1, head, pixel, F(1), key, depth, not has_index)
 
         for i in range(n):
             r = b * n + i
@@ -206,10 +260,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                 for t in range(kept):
                     j = np.int64(index[r, t])
                     place[t] = j
-                    dot = multiply_add(load(query, i * depth), load(key, j * depth), zeros())
-                    for c in range(LANES, depth, LANES):
-                        dot = multiply_add(load(query, i * depth + c), load(key, j * depth + c), dot)
-                    logit[t] = carry[r, t] + total(dot) + bias[j]
+                    logit[t] = carry[r, t] + _dot(query, i * depth, key, j * depth, depth) + bias[j]
             else:
                 if i % ROWS == 0:
                     _score(query, key, i, depth, scores)
@@ -219,15 +270,7 @@ def _kernel(  # type: ignore[no-untyped-def]
                     for t in range(n):
                         logit[t] += carry[r, t]
 
-            # softmax, not yet divided
-            top = logit[0]
-            for t in range(kept):
-                top = max(top, logit[t])
-            norm = F(0)
-            for t in range(kept):
-                logit[t] -= top
-                weight[t] = exp_negative(logit[t])
-                norm += weight[t]
+            norm = _softmax(logit, weight)
 
             # cut
             if keep < kept:
@@ -235,10 +278,10 @@ def _kernel(  # type: ignore[no-untyped-def]
                 for t in range(keep):
                     c = np.int64(chosen[t])
                     share[t], target[t] = weight[c], place[c]
-                    carry[r, t], index[r, t] = logit[c], place[c]
-            else:
+                    new_carry[r, t], new_index[r, t] = logit[c], place[c]
+            elif has_new:
                 for t in range(keep):
-                    carry[r, t] = logit[t]
+                    new_carry[r, t] = logit[t]
 
             # product with v, two entries at a time so that additions do not wait for each other
             for c in range(0, wide, LANES):
@@ -250,7 +293,166 @@ def _kernel(  # type: ignore[no-untyped-def]
                     even = multiply_add(load(value, np.int64(target[keep - 1]) * wide + c), share[keep - 1], even)
                 store(product, c, add(even, odd))
             for c in range(d):
-                out[pixel[i], head, c] = product[c] / norm
+                out[pixel[i], 0, head, c] = product[c] / norm
+
+
+@_compiled
+def _sparse_backward(  # type: ignore[no-untyped-def]
+    qkv, d_out, d_qkv, _q, _k, _d_q, _d_k, biases, carry, d_carry, d_new, d_table, index, new_index,
+    height, width, window, shift, keep, _, has_new, first, last,
+):  # fmt: skip
+    """Gradients of a layer with an index, from those of its output and, if has_new, its carry.
+
+    d_qkv, d_carry: like qkv, carry; d_table (windows * heads, (2w-1)^2): of each window and head, by the offset of the
+    key from the query, so the other way round than the table.
+    """
+    _, _, heads, d = qkv.shape
+    n, kept = window * window, carry.shape[1]
+    wide = _padded(d)
+    scale = F(1 / np.sqrt(d))
+
+    pixel, offset = np.empty(n, np.int64), np.arange(n) // window * (2 * window - 1) + np.arange(n) % window
+    query, key, value, slope = (np.zeros(n * wide, F), np.zeros(n * wide, F), np.zeros(n * wide, F), np.zeros(n * wide, F))
+    d_query, d_key, d_value = np.empty(n * wide, F), np.empty(n * wide, F), np.empty(n * wide, F)
+    logit, weight, d_weight, d_logit = np.empty(kept, F), np.empty(kept, F), np.zeros(kept, F), np.zeros(kept, F)
+    column = np.empty(n, np.int64)
+    for b in range(first, last):
+        head = b % heads
+        _find_pixels(b // heads, height, width, window, shift, pixel)
+        _read(qkv, 0, head, pixel, scale, query, wide, False)
+        _read(qkv, 1, head, pixel, F(1), key, wide, False)
+        _read(qkv, 2, head, pixel, F(1), value, wide, False)
+        _read(d_out, 0, head, pixel, F(1), slope, wide, False)
+        d_key[:] = 0
+        d_value[:] = 0
+        for i in range(n):
+            r = b * n + i
+            bias = biases[head % biases.shape[0], i % window, (window - 1 - i // window) * window :]
+            for t in range(kept):
+                j = np.int64(index[r, t])
+                column[j] = t
+                logit[t] = carry[r, t] + _dot(query, i * wide, key, j * wide, wide) + bias[j]
+            norm = _softmax(logit, weight)
+
+            # of weights and values; what was cut has none of its own
+            mean = F(0)
+            d_weight[:] = 0
+            d_logit[:] = 0
+            for u in range(keep):
+                j = np.int64(new_index[r, u])
+                t = column[j]
+                share = weight[t] / norm
+                d_weight[t] = _dot(slope, i * wide, value, j * wide, wide)
+                mean += share * d_weight[t]
+                for c in range(0, wide, LANES):
+                    store(d_value, j * wide + c, multiply_add(load(slope, i * wide + c), share, load(d_value, j * wide + c)))
+                if has_new:
+                    d_logit[t] = d_new[r, u]
+
+            # of logits, then of what makes them
+            for t in range(kept):
+                d_logit[t] += weight[t] / norm * (d_weight[t] - mean)
+                d_carry[r, t] = d_logit[t]
+            start = (window - 1 - i // window) * (2 * window - 1) + window - 1 - i % window
+            for t in range(kept):
+                d_table[b, start + offset[index[r, t]]] += d_logit[t]
+            for c in range(0, wide, LANES):
+                q, dot = load(query, i * wide + c), zeros()
+                for t in range(kept):
+                    j = np.int64(index[r, t]) * wide + c
+                    dot = multiply_add(load(key, j), d_logit[t], dot)
+                    store(d_key, j, multiply_add(q, d_logit[t], load(d_key, j)))
+                store(d_query, i * wide + c, dot)
+        _write(d_qkv, 0, head, pixel, scale, d_query, wide, False)
+        _write(d_qkv, 1, head, pixel, F(1), d_key, wide, False)
+        _write(d_qkv, 2, head, pixel, F(1), d_value, wide, False)
+
+
+@_compiled
+def _dense_backward(  # type: ignore[no-untyped-def]
+    qkv, d_out, d_qkv, dense_q, dense_k, d_dense_q, d_dense_k, biases, carry, d_carry, d_new, d_table, _, new_index,
+    height, width, window, shift, keep, has_carry, has_new, first, last,
+):  # fmt: skip
+    """Gradients of a layer of all keys; like `_sparse_backward`. Those of dense_q and dense_k, if any, instead of the
+    image's own queries and keys."""
+    _, _, heads, d = qkv.shape
+    n, dense = window * window, dense_q.size > 0
+    depth = dense_q.shape[3] if dense else d
+    scale, span = F(1 / np.sqrt(d)), 2 * window - 1
+
+    pixel, own, padded = np.empty(n, np.int64), np.arange(n), _padded(n)
+    query, key, d_query, d_key = (
+        np.zeros((n + ROWS) * depth, F), np.zeros(padded * depth, F), np.empty((n + ROWS) * depth, F), np.empty(padded * depth, F),
+    )
+    slope, value, d_value = np.zeros((n + ROWS) * d, F), np.zeros(padded * d, F), np.empty(padded * d, F)
+    # of four queries: weights, and gradients of weights, then of logits
+    weights, slopes = np.empty((ROWS, padded), F), np.empty((ROWS, padded), F)
+    logit, weight, stays = np.empty(n, F), np.empty(n, F), np.ones(n, F)
+    for b in range(first, last):
+        head = b % heads
+        _find_pixels(b // heads, height, width, window, shift, pixel)
+        if dense:
+            _read(dense_q, 0, 0, own + b * n, F(1), query, depth, False)
+            _read(dense_k, 0, 0, own + b * n, F(1), key, depth, True)
+        else:
+            _read(qkv, 0, head, pixel, scale, query, depth, False)
+            _read(qkv, 1, head, pixel, F(1), key, depth, True)
+        _read(qkv, 2, head, pixel, F(1), value, d, True)
+        _read(d_out, 0, head, pixel, F(1), slope, d, False)
+        d_key[:] = 0
+        d_value[:] = 0
+        for i in range(0, n, ROWS):
+            _score(query, key, i, depth, weights)
+            _score(slope, value, i, d, slopes)
+            for row in range(ROWS):
+                if i + row >= n:
+                    weights[row] = 0
+                    slopes[row] = 0
+                    continue
+                y, x, r = (i + row) // window, (i + row) % window, b * n + i + row
+                bias = biases[head % biases.shape[0], x, (window - 1 - y) * window :]
+                for t in range(n):
+                    logit[t] = weights[row, t] + bias[t]
+                if has_carry:
+                    for t in range(n):
+                        logit[t] += carry[r, t]
+                norm = _softmax(logit, weight)
+                if keep < n:
+                    stays[:] = 0
+                    for u in range(keep):
+                        stays[new_index[r, u]] = 1
+                mean = F(0)
+                for t in range(n):
+                    weight[t] /= norm
+                    weights[row, t] = weight[t] * stays[t]
+                    mean += weights[row, t] * slopes[row, t]
+                for t in range(n):
+                    slopes[row, t] = weight[t] * (slopes[row, t] * stays[t] - mean)
+                if has_new and keep < n:
+                    for u in range(keep):
+                        slopes[row, new_index[r, u]] += d_new[r, u]
+                elif has_new:
+                    for t in range(n):
+                        slopes[row, t] += d_new[r, t]
+                weights[row, n:] = 0
+                slopes[row, n:] = 0
+                if has_carry:
+                    for t in range(n):
+                        d_carry[r, t] = slopes[row, t]
+                for line in range(window):
+                    start = (window - 1 - y + line) * span + window - 1 - x
+                    for t in range(window):
+                        d_table[b, start + t] += slopes[row, line * window + t]
+            _sum_keys(slopes, key, i, depth, d_query)
+            _add_queries(slopes, query, i, depth, d_key)
+            _add_queries(weights, slope, i, d, d_value)
+        if dense:
+            _write(d_dense_q, 0, 0, own + b * n, F(1), d_query, depth, False)
+            _write(d_dense_k, 0, 0, own + b * n, F(1), d_key, depth, True)
+        else:
+            _write(d_qkv, 0, head, pixel, scale, d_query, depth, False)
+            _write(d_qkv, 1, head, pixel, F(1), d_key, depth, True)
+        _write(d_qkv, 2, head, pixel, F(1), d_value, d, True)
 
 
 @njit(error_model="numpy")
@@ -266,6 +468,51 @@ def _find_pixels(number, height, width, window, shift, pixel):  # type: ignore[n
     for t in range(window * window):
         y, x = top + (row - top + t // window + shift) % height, (column + t % window + shift) % width
         pixel[t] = y * width + x
+
+
+@njit(error_model="numpy")
+def _place_of(t, c, depth, panels):  # type: ignore[no-untyped-def]
+    """Of channel c of token t, in rows of `depth` or in panels (n padded / LANES, depth, LANES)."""
+    return t // LANES * LANES * depth + t % LANES + c * LANES if panels else t * depth + c
+
+
+@njit(error_model="numpy")
+def _read(image, part, head, token, factor, numbers, depth, panels):  # type: ignore[no-untyped-def]
+    """One head's channels of the tokens (n,) of an image (rows, parts, heads, d) into `numbers`."""
+    for t in range(token.size):
+        for c in range(image.shape[3]):
+            numbers[_place_of(t, c, depth, panels)] = image[token[t], part, head, c] * factor
+
+
+@njit(error_model="numpy")
+def _write(image, part, head, token, factor, numbers, depth, panels):  # type: ignore[no-untyped-def]
+    """The way back."""
+    for t in range(token.size):
+        for c in range(image.shape[3]):
+            image[token[t], part, head, c] = numbers[_place_of(t, c, depth, panels)] * factor
+
+
+@njit(fastmath=True, error_model="numpy")
+def _dot(a, i, b, j, wide):  # type: ignore[no-untyped-def]
+    """Of `wide` numbers, a multiple of LANES, of a from i on and of b from j on."""
+    sums = multiply_add(load(a, i), load(b, j), zeros())
+    for c in range(LANES, wide, LANES):
+        sums = multiply_add(load(a, i + c), load(b, j + c), sums)
+    return total(sums)
+
+
+@njit(fastmath=True, error_model="numpy")
+def _softmax(logit, weight):  # type: ignore[no-untyped-def]
+    """Subtracts the largest from the logits; their exponentials, not yet divided, into weight. Returns the divisor."""
+    top = logit[0]
+    for t in range(logit.size):
+        top = max(top, logit[t])
+    norm = F(0)
+    for t in range(logit.size):
+        logit[t] -= top
+        weight[t] = exp_negative(logit[t])
+        norm += weight[t]
+    return norm
 
 
 @njit(fastmath=True, error_model="numpy")
@@ -285,6 +532,39 @@ def _score(query, key, i, depth, scores):  # type: ignore[no-untyped-def]
         store(flat, padded + j, s1)
         store(flat, 2 * padded + j, s2)
         store(flat, 3 * padded + j, s3)
+
+
+@njit(fastmath=True, error_model="numpy")
+def _sum_keys(scores, key, i, depth, query):  # type: ignore[no-untyped-def]
+    """query, rows i to i + ROWS, of sums of all keys by their scores: the gradient of `_score` for its queries."""
+    padded = scores.shape[1]
+    flat = scores.reshape(-1)
+    for c in range(depth):
+        q0, q1, q2, q3 = zeros(), zeros(), zeros(), zeros()
+        for j in range(0, padded, LANES):
+            keys = load(key, j * depth + c * LANES)
+            q0 = multiply_add(keys, load(flat, j), q0)
+            q1 = multiply_add(keys, load(flat, padded + j), q1)
+            q2 = multiply_add(keys, load(flat, 2 * padded + j), q2)
+            q3 = multiply_add(keys, load(flat, 3 * padded + j), q3)
+        q = i * depth + c
+        query[q], query[q + depth], query[q + 2 * depth], query[q + 3 * depth] = total(q0), total(q1), total(q2), total(q3)
+
+
+@njit(fastmath=True, error_model="numpy")
+def _add_queries(scores, query, i, depth, key):  # type: ignore[no-untyped-def]
+    """Adds rows i to i + ROWS of query to all keys, by their scores: the gradient of `_score` for its keys."""
+    padded = scores.shape[1]
+    flat = scores.reshape(-1)
+    for j in range(0, padded, LANES):
+        s0, s1 = load(flat, j), load(flat, padded + j)
+        s2, s3 = load(flat, 2 * padded + j), load(flat, 3 * padded + j)
+        for c in range(depth):
+            k, q = j * depth + c * LANES, i * depth + c
+            keys = multiply_add(s0, query[q], load(key, k))
+            keys = multiply_add(s1, query[q + depth], keys)
+            keys = multiply_add(s2, query[q + 2 * depth], keys)
+            store(key, k, multiply_add(s3, query[q + 3 * depth], keys))
 
 
 @njit(fastmath=True, error_model="numpy")

@@ -72,12 +72,9 @@ def _layer(
     outs: list[Tensor] = []
     groups: list[tuple[Tensor, Tensor | None]] = []
     old = iter(()) if carry is None else iter(carry.groups) if torch.is_grad_enabled() else carry.take()
-    for some, these in _groups(windows, heads, n, v.device):
+    for some_q, some_k, some_v, some_bias in _groups(q, k, v, bias.expand(heads, n, n)):
         logits, indices = next(old, (None, None))
-        shared = bias if bias.shape[0] == 1 else bias[these]
-        out, group = _attend_group(
-            q[some, these], k[some, these], v[some, these], shared, logits, indices, keep, dropout
-        )
+        out, group = _attend_group(some_q, some_k, some_v, some_bias, logits, indices, keep, dropout)
         outs.append(out)
         groups.append(group)
     out = torch.cat([out.flatten(0, 1) for out in outs]).unflatten(0, (windows, heads))
@@ -138,10 +135,12 @@ def _sparse_product(weights: Tensor, indices: Tensor, v: Tensor) -> Tensor:
     return bags.view(groups, heads, n, d)
 
 
-def _groups(windows: int, heads: int, n: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Slices of windows and of heads such that no group's maps hold more scores than the device's limit."""
-    limit = max(1, (CPU_GROUP if device.type == "cpu" else GPU_GROUP) // (n * n))
+def _groups(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts by windows and heads such that no group's maps hold more scores than the device's limit."""
+    heads, n = q.shape[1:3]
+    limit = max(1, (CPU_GROUP if q.device.type == "cpu" else GPU_GROUP) // (n * n))
     some, these = max(1, limit // heads), min(heads, limit)
-    for first in range(0, windows, some):
-        for head in range(0, heads, these):
-            yield slice(first, first + some), slice(head, min(heads, head + these))
+    biases = bias.split(these)
+    # not slices: the gradient of each would be as large as the whole
+    for parts in zip(q.split(some), k.split(some), v.split(some), strict=True):
+        yield from zip(*(part.split(these, 1) for part in parts), biases, strict=True)
