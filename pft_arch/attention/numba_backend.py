@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import torch_backend
-from .chain import USED_UP, DenseCarry, concatenate, dense_layer, dense_pays, split
+from .chain import USED_UP, concatenate, dense_pays, split
 from .fastmath import LANES, add, bits_to_float, exp_negative, float_to_bits, load, multiply_add, store, total, zeros
 
 F, I = np.float32, np.int32  # noqa: E741
@@ -89,20 +89,11 @@ def attend(
         out, *maps = _Layer.apply(qkv, None, None, table, carry.logits, carry.indices, shape, True, not training)
         carry.kept = kept if training else 0
         return out, RowCarry(*maps, keep)
-    if training:
-        q, k, _ = split(qkv, heads, window, shift)
-        dense = concatenate(q, k, table, carry, height, width, window, shift)
-        rows = _rows(dense.q), _rows(dense.k)
-        if keep == n and dense_pays(dense):  # torch's kernel would make maps, since the bias has a gradient
-            out, *_ = _Layer.apply(qkv, *rows, dense.table, None, None, shape, False, False)
-            return out, dense
-    else:
-        attended, dense = dense_layer(qkv, table, carry, **options)
-        if attended is not None:
-            return attended, dense
-        rows = _rows(dense.q), _rows(dense.k)
-    out, *maps = _Layer.apply(qkv, *rows, dense.table, None, None, shape, True, False)
-    return out, RowCarry(*maps, keep)
+    q, k, _ = split(qkv, heads, window, shift)
+    dense = concatenate(q, k, table, carry, height, width, window, shift)
+    mapped = keep < n or not dense_pays(dense)
+    out, *maps = _Layer.apply(qkv, _rows(dense.q), _rows(dense.k), dense.table, None, None, shape, mapped, False)
+    return out, RowCarry(*maps, keep) if mapped else dense
 
 
 class _Layer(torch.autograd.Function):
@@ -225,25 +216,25 @@ def _forward(  # type: ignore[no-untyped-def]
     _, _, heads, d = qkv.shape
     n = window * window
     depth, wide = dense_q.shape[3], _padded(d)
-    dense = depth > 0
+    dense, whole = depth > 0, keep == n
     if not dense:
         depth = wide if has_index else d
     scale = F(1 / np.sqrt(d))
 
     pixel, own = np.empty(n, np.int64), np.arange(n)
-    query, key, value = np.zeros((n + ROWS) * depth, F), np.zeros(_padded(n) * depth, F), np.zeros(n * wide, F)
+    query, key, value = np.zeros((n + ROWS) * depth, F), np.zeros(_padded(n) * depth, F), np.zeros(_padded(n) * wide, F)
     scores = np.empty((ROWS, _padded(n)), F)
     logit, weight, size = np.empty(kept, F), np.empty(kept, F), np.empty(kept, I)
     place, chosen = np.arange(n).astype(np.int16), np.empty(kept + 1, np.int16)
     share, target = weight, place
     if keep < kept:
         share, target = np.empty(keep, F), np.empty(keep, np.int16)
-    product = np.empty(wide, F)
+    product = np.empty(ROWS * wide, F)
     for b in range(first, last):
         head = b % heads
         if b == first or head == 0:
             _find_pixels(b // heads, height, width, window, shift, pixel)
-        _read(qkv, 2, head, pixel, F(1), value, wide, False)
+        _read(qkv, 2, head, pixel, F(1), value, d if whole else wide, whole)
         if dense:
             _read(dense_q, 0, 0, own + b * n, F(1), query, depth, False)
             _read(dense_k, 0, 0, own + b * n, F(1), key, depth, True)
@@ -283,7 +274,18 @@ def _forward(  # type: ignore[no-untyped-def]
                 for t in range(keep):
                     new_carry[r, t] = logit[t]
 
-            # product with v, two entries at a time so that additions do not wait for each other
+            # product with v: of all keys for four queries at once, else two entries at a time so that additions do not
+            # wait for each other
+            if whole:
+                row = i % ROWS
+                for t in range(n):
+                    scores[row, t] = weight[t] / norm
+                if row == ROWS - 1 or i == n - 1:
+                    _sum_keys(scores, value, 0, d, product)
+                    for back in range(row + 1):
+                        for c in range(d):
+                            out[pixel[i - row + back], 0, head, c] = product[back * d + c]
+                continue
             for c in range(0, wide, LANES):
                 even, odd = zeros(), zeros()
                 for t in range(0, keep - 1, 2):
