@@ -38,7 +38,16 @@ CHAINS = {
 
 @pytest.mark.parametrize("shifted", [False, True], ids=["unshifted", "shifted"])
 @pytest.mark.parametrize("chain", CHAINS)
-def test_chain_equals_the_reference_forward_and_backward(chain: str, shifted: bool) -> None:
+@pytest.mark.parametrize(  # in float32 a borderline entry may be kept or not
+    ("backend", "dtype", "bound"),
+    [("torch", torch.float64, 1e-9), ("numba", torch.float32, 2e-4)],
+    ids=lambda x: str(x),
+)
+def test_chain_equals_the_reference_forward_and_backward(
+    backend: str, dtype: torch.dtype, bound: float, chain: str, shifted: bool
+) -> None:
+    if backend == "numba":
+        pytest.importorskip("numba")
     window, heads, width, kept = CHAINS[chain]
     torch.manual_seed(1)
     size = (2, 2 * window, 3 * window, 3 * heads * width)
@@ -46,22 +55,21 @@ def test_chain_equals_the_reference_forward_and_backward(chain: str, shifted: bo
     columns = heads if chain != "dense" else 1
     tables = [torch.randn((2 * window - 1) ** 2, columns, dtype=torch.float64, requires_grad=True) for _ in kept]
 
-    def run(name: str) -> tuple[list[Tensor], list[Tensor]]:
+    def run(name: str, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         attend, carry, outs = get_backend(name), None, []
         for qkv, table, keep in zip(inputs, tables, kept, strict=True):
+            shift = window // 2 if shifted else 0
             out, carry = attend(
-                qkv, table, carry, heads=heads, window=window, shift=window // 2 if shifted else 0, keep=keep
+                qkv.to(dtype), table.to(dtype), carry, heads=heads, window=window, shift=shift, keep=keep
             )
             outs.append(out)
         loss = torch.stack([(out * (i + 1)).square().mean() for i, out in enumerate(outs)]).sum()
         return outs, list(torch.autograd.grad(loss, inputs + tables))
 
-    outs, gradients = run("torch")
-    expected_outs, expected_gradients = run("reference")
-    for got, expected in zip(outs, expected_outs, strict=True):
-        assert torch.allclose(got, expected, atol=1e-9)
-    for got, expected in zip(gradients, expected_gradients, strict=True):
-        assert torch.allclose(got, expected, atol=1e-9, rtol=1e-7)
+    outs, gradients = run(backend, dtype)
+    expected_outs, expected_gradients = run("reference", torch.float64)
+    for got, expected in zip(outs + gradients, expected_outs + expected_gradients, strict=True):
+        assert (got - expected).detach().norm() <= bound * (expected.detach().norm() + 1e-3)  # some are zero
 
 
 # An interpreted kernel is slow: it meets the reference once here, and float64 in test_triton.py.
@@ -104,6 +112,27 @@ def test_every_backend_hands_gradients_on(name: str) -> None:
         strict=True,
     ):
         assert torch.allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_gradients_reach_what_learns_where_the_first_layers_are_frozen(backend: str) -> None:
+    if backend == "numba":
+        pytest.importorskip("numba")
+    torch.manual_seed(0)
+    layers = [(torch.randn(1, 8, 8, 24), torch.randn(49, 1), keep) for keep in (16, 16, 5, 3)]
+
+    def gradients(first: int) -> list[Tensor]:
+        carry, learning = None, []
+        for i, (qkv, table, keep) in enumerate(layers):
+            qkv, table = (x.clone().requires_grad_(i >= first) for x in (qkv, table))
+            learning += [qkv, table]
+            out, carry = get_backend(backend)(qkv, table, carry, heads=2, window=4, shift=2, keep=keep)
+        return list(torch.autograd.grad(out.square().sum(), learning[2 * first :]))
+
+    everything = gradients(0)
+    for first in (1, 2, 3):
+        for got, expected in zip(gradients(first), everything[2 * first :], strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_compiled_kernels_need_no_folder_to_write_to(tmp_path: Path) -> None:

@@ -76,9 +76,10 @@ def attend(
     dropout: float = 0.0,
 ) -> tuple[Tensor, Any]:
     """See the package's docstring for arguments and result."""
-    options: dict[str, Any] = {"heads": heads, "window": window, "shift": shift, "keep": keep, "dropout": dropout}
-    if qkv.device.type != "cpu" or qkv.dtype != torch.float32 or dropout:
-        return torch_backend.attend(qkv, table, carry, **options)
+    if dropout or not serves(qkv.device, qkv.dtype):
+        return torch_backend.attend(
+            qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout
+        )
     training, n = torch.is_grad_enabled(), window * window
     height, width = qkv.shape[1:3]
     kept = carry.kept if isinstance(carry, RowCarry) else n
@@ -86,14 +87,24 @@ def attend(
     if isinstance(carry, RowCarry):
         if not kept:
             raise ValueError(USED_UP)
-        out, *maps = _Layer.apply(qkv, None, None, table, carry.logits, carry.indices, shape, True, not training)
+        out, logits, indices = _Layer.apply(
+            qkv, None, None, table, carry.logits, carry.indices, shape, True, not training
+        )
         carry.kept = kept if training else 0
-        return out, RowCarry(*maps, keep)
+        return out, RowCarry(logits, indices, keep)
     q, k, _ = split(qkv, heads, window, shift)
     dense = concatenate(q, k, table, carry, height, width, window, shift)
-    mapped = keep < n or not dense_pays(dense)
-    out, *maps = _Layer.apply(qkv, _rows(dense.q), _rows(dense.k), dense.table, None, None, shape, mapped, False)
-    return out, RowCarry(*maps, keep) if mapped else dense
+    del q, k  # read from the image
+    mapped = not dense_pays(dense.q.shape[-1], n, keep)
+    out, logits, indices = _Layer.apply(
+        qkv, _rows(dense.q), _rows(dense.k), dense.table, None, None, shape, mapped, False
+    )
+    return out, RowCarry(logits, indices, keep) if mapped else dense
+
+
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run there."""
+    return device.type == "cpu" and dtype == torch.float32
 
 
 class _Layer(torch.autograd.Function):
@@ -314,7 +325,12 @@ def _sparse_backward(  # type: ignore[no-untyped-def]
     scale = F(1 / np.sqrt(d))
 
     pixel, offset = np.empty(n, np.int64), np.arange(n) // window * (2 * window - 1) + np.arange(n) % window
-    query, key, value, slope = (np.zeros(n * wide, F), np.zeros(n * wide, F), np.zeros(n * wide, F), np.zeros(n * wide, F))
+    query, key, value, slope = (
+        np.zeros(n * wide, F),
+        np.zeros(n * wide, F),
+        np.zeros(n * wide, F),
+        np.zeros(n * wide, F),
+    )
     d_query, d_key, d_value = np.empty(n * wide, F), np.empty(n * wide, F), np.empty(n * wide, F)
     logit, weight, d_weight, d_logit = np.empty(kept, F), np.empty(kept, F), np.zeros(kept, F), np.zeros(kept, F)
     column = np.empty(n, np.int64)
@@ -347,7 +363,11 @@ def _sparse_backward(  # type: ignore[no-untyped-def]
                 d_weight[t] = _dot(slope, i * wide, value, j * wide, wide)
                 mean += share * d_weight[t]
                 for c in range(0, wide, LANES):
-                    store(d_value, j * wide + c, multiply_add(load(slope, i * wide + c), share, load(d_value, j * wide + c)))
+                    store(
+                        d_value,
+                        j * wide + c,
+                        multiply_add(load(slope, i * wide + c), share, load(d_value, j * wide + c)),
+                    )
                 if has_new:
                     d_logit[t] = d_new[r, u]
 
@@ -384,7 +404,10 @@ def _dense_backward(  # type: ignore[no-untyped-def]
 
     pixel, own, padded = np.empty(n, np.int64), np.arange(n), _padded(n)
     query, key, d_query, d_key = (
-        np.zeros((n + ROWS) * depth, F), np.zeros(padded * depth, F), np.empty((n + ROWS) * depth, F), np.empty(padded * depth, F),
+        np.zeros((n + ROWS) * depth, F),
+        np.zeros(padded * depth, F),
+        np.empty((n + ROWS) * depth, F),
+        np.empty(padded * depth, F),
     )
     slope, value, d_value = np.zeros((n + ROWS) * d, F), np.zeros(padded * d, F), np.empty(padded * d, F)
     # of four queries: weights, and gradients of weights, then of logits
@@ -550,7 +573,12 @@ def _sum_keys(scores, key, i, depth, query):  # type: ignore[no-untyped-def]
             q2 = multiply_add(keys, load(flat, 2 * padded + j), q2)
             q3 = multiply_add(keys, load(flat, 3 * padded + j), q3)
         q = i * depth + c
-        query[q], query[q + depth], query[q + 2 * depth], query[q + 3 * depth] = total(q0), total(q1), total(q2), total(q3)
+        query[q], query[q + depth], query[q + 2 * depth], query[q + 3 * depth] = (
+            total(q0),
+            total(q1),
+            total(q2),
+            total(q3),
+        )
 
 
 @njit(fastmath=True, error_model="numpy")
