@@ -132,7 +132,9 @@ class PFTSR(nn.Module):
         if image.dim() != 4 or image.shape[1] != c.in_channels:
             raise ValueError(f"expected an image of shape (B, {c.in_channels}, H, W), got {tuple(image.shape)}")
         height, width = image.shape[-2:]
-        mean = image.new_tensor(RGB_MEAN if c.in_channels == 3 else [0.0] * c.in_channels).view(1, -1, 1, 1)
+        # filled on the image's device: a copy from the host would wait for all work before, and bar CUDA graphs
+        means = RGB_MEAN if c.in_channels == 3 else (0.0,) * c.in_channels
+        mean = torch.cat([image.new_full((1, 1, 1, 1), value) for value in means], 1)
         x = (_pad_mirrored(image, c.window_size) - mean) * c.img_range
 
         x = self.conv_first(x.to(self.conv_first.weight.dtype))

@@ -192,7 +192,7 @@ def _launch(kernel: Any, programs: int, *arguments: Tensor, **constants: Any) ->
     """Starts a kernel on the device of its first argument. One that does not start puts all out of use."""
     global failure
     try:
-        with torch.cuda.device_of(arguments[0]):
+        with torch.cuda.device(arguments[0].get_device()):
             kernel[(programs,)](*arguments, **constants)
     except Exception as error:
         if is_out_of_memory(error):
