@@ -179,7 +179,7 @@ def compare(
     results: list[Result] = []
     runs: list[tuple[Result, Callable[[], Tensor]]] = []
     pictures: dict[str, Tensor] = {}
-    with _precision(case.precision), torch.inference_mode(), warnings.catch_warnings():
+    with in_precision(case.precision), torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a torch newer than the networks
         for contender in networks:
             result = _empty_result(case, contender)
@@ -320,7 +320,7 @@ def _release(device: torch.device) -> None:
 
 
 @contextmanager
-def _precision(name: str) -> Iterator[None]:
+def in_precision(name: str) -> Iterator[None]:
     _, matmul, convolution = PRECISIONS[name]
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
@@ -385,7 +385,7 @@ def measure_peak(device: torch.device, precision: str) -> Peak:
     a = torch.rand(side, side, device=device).to(dtype)
     source = torch.zeros(length, dtype=torch.float32 if on_cpu else dtype, device=device)
     target = torch.empty_like(source)
-    with _precision(precision):
+    with in_precision(precision):
         product = _best_time(lambda: a @ a, device)
     copy = _best_time(lambda: target.copy_(source), device)
     return Peak(2 * side**3 / product, 2 * source.nbytes / copy)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from conftest import Golden, golden_files
 from pft_arch import PFTSR, PRESETS, PFTBlock, ProgressiveFocusedAttention, create_pft_sr, load_model
@@ -201,6 +202,33 @@ def test_half_precision_weights_take_and_return_float32_images(dtype: torch.dtyp
         half = model.to(dtype)(image)
     assert half.dtype == torch.float32
     assert (half - exact).abs().mean() < 5e-3
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function.__name__ not in ("tensor", "as_tensor", "asarray", "new_tensor", "from_numpy")
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_device_can_run_ahead_of_the_host() -> None:
+    """No value goes from the host or comes back: the device never waits, and CUDA graphs can hold the forward."""
+    with torch.device("meta"):  # which refuses to be read
+        model = PFTSR(top_k=(16, 16, 8, 8, 4), **TINY).eval()
+        image = torch.rand(1, 3, 9, 14)
+    model.set_attention_backend("torch")
+    with torch.inference_mode(), NothingFromTheHost():
+        assert model(image).shape == (1, 3, 18, 28)
+
+
+def test_torch_compile_sees_one_graph() -> None:
+    torch.manual_seed(0)
+    model = PFTSR(top_k=(16, 16, 8, 8, 4), **TINY).eval()
+    model.set_attention_backend("torch")
+    image = torch.rand(1, 3, 9, 14)
+    with torch.inference_mode():
+        expected = model(image)
+        traced = torch.compile(model, backend="eager", fullgraph=True)(image)
+    torch.testing.assert_close(traced, expected)
 
 
 def test_gradients_reach_every_parameter() -> None:
