@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +165,8 @@ def _import_published(checkout: Path, *, plain: bool) -> ModuleType:
         stand_ins["smm_cuda"] = {
             "SMM_QmK_forward_cuda": plain_query_key_product,
             "SMM_AmV_forward_cuda": plain_weights_value_product,
+            "SMM_QmK_backward_cuda": _backward_of(plain_query_key_product),
+            "SMM_AmV_backward_cuda": _backward_of(plain_weights_value_product),
         }
     spec = importlib.util.spec_from_file_location("published_pft", file)
     assert spec and spec.loader
@@ -224,6 +226,16 @@ def plain_weights_value_product(weights: Tensor, values: Tensor, index: Tensor) 
         return (weights[:, :, None] @ _rows(values, index)).squeeze(2)
     whole = weights.new_zeros(*weights.shape[:2], values.shape[1])
     return whole.scatter_(-1, index.long(), weights) @ values
+
+
+def _backward_of(product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(gradient of a product, its arguments) -> gradients of its first two arguments."""
+
+    def backward(gradient: Tensor, a: Tensor, b: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        gradients: tuple[Tensor, Tensor] = torch.func.vjp(lambda a, b: product(a, b, index), a, b)[1](gradient)
+        return gradients
+
+    return backward
 
 
 def _rows(tokens: Tensor, index: Tensor) -> Tensor:
