@@ -53,9 +53,9 @@ def _layers(c: PFTConfig, item: int, backend: str, pixels: int, scores: int) -> 
             product = heads * widths[shifted] * item  # queries, or keys, of all layers so far
             if dense_pays(widths[shifted], n, keep):
                 new = 2.0 * product
-                work = 4 * tokens + 2 * product if backend != "triton" else tokens + packed
+                dense = {"numba": 4 * tokens, "torch": 4 * tokens + 2 * product, "triton": tokens + packed}
+                work, fixed = dense[backend], bias if backend == "torch" else 0
                 both = old + new
-                fixed = 0 if backend == "triton" else bias
             else:
                 work += packed if backend == "triton" else 0
                 both = old + 2 * product + new

@@ -92,7 +92,7 @@ def attend(
         )
         carry.kept = kept if training else 0
         return out, RowCarry(logits, indices, keep)
-    q, k, _ = split(qkv, heads, window, shift)
+    q, k = split(qkv, heads, window, shift)[:2]
     dense = concatenate(q, k, table, carry, height, width, window, shift)
     del q, k  # read from the image
     mapped = not dense_pays(dense.q.shape[-1], n, keep)
