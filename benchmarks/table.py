@@ -1,4 +1,5 @@
-"""The measurements in benchmarks/cpu.json and benchmarks/gpu/ as tables of docs/benchmarks.md, beside the targets.
+"""The measurements in benchmarks/*.json and benchmarks/gpu/ as tables of docs/benchmarks.md, beside the targets, and
+what the compiler says of the Triton kernels as a table of docs/kernels.md.
 
 python benchmarks/table.py
 """
@@ -12,25 +13,36 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-DOCUMENT = HERE.parent / "docs" / "benchmarks.md"
+DOCUMENTS = HERE.parent / "docs"
 BEGIN, END = "<!-- begin: written by benchmarks/table.py -->\n", "<!-- end -->\n"
 
 Row = dict[str, Any]  # a result of pft-sr benchmark
 
 
 def main() -> None:
-    runs = [read(file) for file in [HERE / "cpu.json", *sorted((HERE / "gpu").glob("*_[0-9]*.json"))] if file.exists()]
-    large = HERE / "gpu" / "large.json"
-    parts = [targets(runs, read(large) if large.exists() else None), *map(measurements, runs)]
-    head, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
+    runs = read("cpu.json", "gpu/*_[0-9]*.json")
+    parts = [targets(runs, read("gpu/large.json")), *map(measurements, runs)]
+    parts += [
+        *map(training, read("training.json", "gpu/training.json")),
+        *map(memory, read("memory.json", "gpu/memory.json")),
+    ]
+    write("benchmarks.md", parts)
+    write("kernels.md", [*map(kernels, read("triton_aot.json"))])
+
+
+def read(*patterns: str) -> list[dict[str, Any]]:
+    """The files there are."""
+    return [json.loads(file.read_text("utf-8")) for pattern in patterns for file in sorted(HERE.glob(pattern))]
+
+
+def write(name: str, parts: Sequence[str]) -> None:
+    """Put tables between the marks of a document."""
+    document = DOCUMENTS / name
+    head, _, rest = document.read_text("utf-8").partition(BEGIN)
     _, found, tail = rest.partition(END)
     if not found:
-        raise SystemExit(f"{DOCUMENT} has lost the lines {BEGIN.strip()} and {END.strip()}, between which tables go")
-    DOCUMENT.write_text(f"{head}{BEGIN}\n{chr(10).join(parts)}\n{END}{tail}", "utf-8")
-
-
-def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text("utf-8"))
+        raise SystemExit(f"{document} has lost the lines {BEGIN.strip()} and {END.strip()}, between which tables go")
+    document.write_text(f"{head}{BEGIN}\n{chr(10).join(parts)}\n{END}{tail}", "utf-8")
 
 
 # targets
@@ -95,7 +107,7 @@ TARGETS = (
 )  # fmt: skip
 
 
-def targets(runs: Sequence[dict[str, Any]], large: dict[str, Any] | None) -> str:
+def targets(runs: Sequence[dict[str, Any]], large: Sequence[dict[str, Any]]) -> str:
     """The range of each target's value over presets, sizes and precisions, of the fastest backend chosen each."""
     lines = [("measure", "target", "measured", "")]
     for target in TARGETS:
@@ -126,8 +138,8 @@ def verdict(target: Target, values: Sequence[float]) -> tuple[str, str]:
     return low if low == high else f"{low} to {high}", "met" if all(map(target.met, values)) else "**missed**"
 
 
-def large_verdict(large: dict[str, Any] | None) -> tuple[str, str]:
-    runs = [run for run in large["runs"] if "peak_bytes" in run] if large and large["size"] == 1024 else []
+def large_verdict(large: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    runs = [run for one in large if one["size"] == 1024 for run in one["runs"] if "peak_bytes" in run]
     if not runs:
         return "", "not measured"
     best = min(runs, key=lambda run: (run["peak_bytes"] >= 8e9, -run["tile"]))  # the largest tile that meets it
@@ -140,12 +152,7 @@ def large_verdict(large: dict[str, Any] | None) -> tuple[str, str]:
 
 def measurements(run: dict[str, Any]) -> str:
     """All that one run measured: its machine, and one table per case."""
-    m = run["machine"]
-    cpu = f"{m['cpu']}, {m['threads']} of {m['cores']} cores"
-    facts = f"{m['gpu']} ({cpu})" if "gpu" in m else cpu
-    text = [f"## Measured on {facts}\n", f"torch {m['torch']}. Load of the machine at the start: {m['load_at_start']}."]
-    if m["device"] == "cpu":
-        text.append(f"The networks had {100 * processor_share(run):.0f} % of these threads' time to themselves.")
+    text = [f"## Measured on {name_of(run['machine'])}\n", *circumstances(run)]
     for precision, peak in run["peak"].items():
         text.append(
             f"Peak, {precision}: {peak['flops'] / 1e9:,.0f} GFLOP/s in a matrix product, "
@@ -156,6 +163,18 @@ def measurements(run: dict[str, Any]) -> str:
         rows = [cells(row, run["results"]) for row in run["results"] if case(row) == key]
         text += ["", f"x{scale}, {size}x{size}, {precision}:", "", table([HEADINGS, *rows])]
     return "\n".join(text)
+
+
+def name_of(machine: dict[str, Any]) -> str:
+    cpu = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    return f"{machine['gpu']} ({cpu})" if "gpu" in machine else cpu
+
+
+def circumstances(run: dict[str, Any]) -> Iterable[str]:
+    machine = run["machine"]
+    yield f"torch {machine['torch']}. Load of the machine at the start: {machine['load_at_start']}."
+    if machine["device"] == "cpu":
+        yield f"The networks had {100 * processor_share(run):.0f} % of these threads' time to themselves."
 
 
 def processor_share(run: dict[str, Any]) -> float:
@@ -188,6 +207,77 @@ def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         number(row["difference"], "{:.0e}"),
         str(len(row["seconds"])),
     )
+
+
+# training, memory, kernels
+
+
+def training(run: dict[str, Any]) -> str:
+    """A training step by each backend."""
+    lines = [
+        ("network", "precision", "by", "s per step", "times the published", "memory", "of the published", "gradients")
+    ]
+    published: Row = {}
+    for row in run["results"]:
+        name = (row["network"], row["precision"], row["code"])
+        if "error" in row:
+            lines.append((*name, f"failed: {row['error']}", "", "", "", ""))
+            continue
+        published = row if row["code"] == "published" else published
+        compared = published.get("network") == row["network"] != published.get("code") and row is not published
+        faster = published["median_seconds"] / row["median_seconds"] if compared else None
+        smaller = row["peak_bytes"] / published["peak_bytes"] if compared else None
+        lines.append(
+            (
+                *name,
+                f"{row['median_seconds']:.2f}",
+                number(faster, "{:.2f}"),
+                f"{row['peak_bytes'] / 1e6:,.0f} MB",
+                number(smaller, "{:.2f}"),
+                f"{row['gradient_difference']:.0e}",
+            )
+        )
+    what = f"x{run['scale']}, {run['batch']} patches of {run['patch']}x{run['patch']}"
+    head = f"## A training step, {what}, on {name_of(run['machine'])}\n"
+    return "\n".join([head, *circumstances(run), "", table(lines)])
+
+
+def memory(run: dict[str, Any]) -> str:
+    """Peak memory as predicted, of the largest images measured."""
+    size, scale = max(row["size"] for row in run["results"]), min(row["scale"] for row in run["results"])
+    lines = [("preset", "precision", "backend", "measured", "predicted", "of measured")]
+    for row in run["results"]:
+        if (row["size"], row["scale"]) == (size, scale) and row.get("measured"):
+            of = row["predicted"] / row["measured"]
+            sizes = (f"{row[name] / 1e6:,.1f} MB" for name in ("measured", "predicted"))
+            lines.append((row["preset"], row["precision"], row["backend"], *sizes, f"{of:.0%}"))
+    count = sum("measured" in row for row in run["results"])
+    head = f"## The memory model, on {name_of(run['machine'])}\n\nLargest error of {count} predictions: "
+    return f"{head}{run['largest_error']:.1%}. Those for x{scale}, {size}x{size}:\n\n{table(lines)}"
+
+
+def kernels(run: dict[str, Any]) -> str:
+    """What the compiler says, by preset, precision and kernel; for each compute capability."""
+    rows: list[Row] = run["kernels"]
+    capabilities = sorted({row["capability"] for row in rows})
+    lines = [("preset", "precision", "kernel", "variants", *(f"sm_{c}" for c in capabilities))]
+    names = dict.fromkeys((row["preset"], row["dtype"], row["kernel"].split()[0]) for row in rows)
+    for name in names:
+        of_name = [row for row in rows if (row["preset"], row["dtype"], row["kernel"].split()[0]) == name]
+        columns = [[row for row in of_name if row["capability"] == c] for c in capabilities]
+        lines.append((*name[:2], f"`{name[2]}`", str(len(columns[0])), *map(resources, columns)))
+    failed = sum("error" in row for row in rows)
+    return f"Triton {run['triton']}: {len(rows)} compilations, {failed} failed.\n\n{table(lines)}"
+
+
+def resources(rows: Sequence[Row]) -> str:
+    """The most of each that one variant takes, and the fewest warps that a multiprocessor holds."""
+    good = [row for row in rows if "error" not in row]
+    if not good:
+        return "failed" if rows else ""
+    registers, spills, shared = (max(row[name] for row in good) for name in ("registers", "spills", "shared"))
+    warps = min(row["resident"] * row["warps"] for row in good)
+    return f"{registers}, {spills}, {shared / 1024:.0f} KB, {warps}"
 
 
 def case(row: Row) -> tuple[int, int, str]:

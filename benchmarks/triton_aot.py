@@ -2,10 +2,10 @@
 
     python benchmarks/triton_aot.py [--presets pft] [--capabilities 90] [--dtypes fp16] [--only rows]
 
-Everything takes about twenty minutes of one core; results are added to those in the file.
+Everything takes about half an hour of one core; results are added to those in the file.
 
 The launches are those of the backend itself: layers of a preset run on the meta device, forward and backward, and what
-they would start is compiled for sm_80, sm_89 and sm_90. Written down for each: registers of a thread, spilled 4-byte
+they would start is compiled for sm_80, sm_89, sm_90 and sm_120. Written down for each: registers of a thread, spilled 4-byte
 words of a thread, bytes of shared memory, warps, and how many programs one multiprocessor can hold of it.
 """
 
@@ -28,8 +28,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 
 from pft_arch.attention import triton_backend
@@ -37,7 +37,7 @@ from pft_arch.config import PRESETS
 
 KEY = ("preset", "dtype", "training", "kernel", "capability")
 PRESET_NAMES = ("pft", "pft_light", "light")
-CAPABILITIES = (80, 89, 90)
+CAPABILITIES = (80, 89, 90, 120)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 POINTERS = {
     torch.float32: "*fp32",
@@ -47,8 +47,13 @@ POINTERS = {
     torch.int32: "*i32",
     torch.uint8: "*u8",
 }
-# per multiprocessor: registers, warps, programs; bytes of shared memory (CUDA programming guide, table 27)
-LIMITS = {80: (65536, 64, 32, 167936), 89: (65536, 48, 24, 102400), 90: (65536, 64, 32, 233472)}
+# per multiprocessor: registers, warps, programs; bytes of shared memory (CUDA programming guide, compute capabilities)
+LIMITS = {
+    80: (65536, 64, 32, 167936),
+    89: (65536, 48, 24, 102400),
+    90: (65536, 64, 32, 233472),
+    120: (65536, 48, 24, 102400),
+}
 
 
 def launches(preset: str, dtype: torch.dtype, training: bool) -> list[tuple[Any, tuple[Tensor, ...], dict[str, Any]]]:
@@ -114,8 +119,8 @@ def resources(compiled: Any, capability: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(compiled.asm["ptx"], "utf-8")
-        arch = f"sm_{capability}{'a' if capability == 90 else ''}"
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", str(source), "-o", os.devnull]
+        arch = sm_arch_from_capability(capability)
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={arch}", str(source), "-o", os.devnull]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", text)
     spilled = re.search(r"(\d+) bytes spill loads", text)
