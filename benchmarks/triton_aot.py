@@ -5,8 +5,8 @@
 Everything takes about half an hour of one core; results are added to those in the file.
 
 The launches are those of the backend itself: layers of a preset run on the meta device, forward and backward, and what
-they would start is compiled for sm_80, sm_89, sm_90 and sm_120. Written down for each: registers of a thread, spilled 4-byte
-words of a thread, bytes of shared memory, warps, and how many programs one multiprocessor can hold of it.
+they would start is compiled for sm_80, sm_89, sm_90 and sm_120. Written down for each: registers of a thread, spilled
+4-byte words of a thread, bytes of shared memory, warps, and how many programs one multiprocessor can hold of it.
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ def _forward(  # type: ignore[no-untyped-def]
             _read(qkv, 1, head, pixel, F(1), key, depth, not has_index)
 
         for i in range(n):
-            r = b * n + i
+            r, row = b * n + i, i % ROWS
             bias = biases[head % biases.shape[0], i % window, (window - 1 - i // window) * window :]
 
             # logits of the entries still kept
@@ -264,13 +264,14 @@ def _forward(  # type: ignore[no-untyped-def]
                     place[t] = j
                     logit[t] = carry[r, t] + _dot(query, i * depth, key, j * depth, depth) + bias[j]
             else:
-                if i % ROWS == 0:
+                if row == 0:
                     _score(query, key, i, depth, scores)
-                for t in range(n):
-                    logit[t] = scores[i % ROWS, t] + bias[t]
                 if has_carry:
                     for t in range(n):
-                        logit[t] += carry[r, t]
+                        logit[t] = scores[row, t] + bias[t] + carry[r, t]
+                else:
+                    for t in range(n):
+                        logit[t] = scores[row, t] + bias[t]
 
             norm = _softmax(logit, weight)
 
@@ -288,7 +289,6 @@ def _forward(  # type: ignore[no-untyped-def]
             # product with v: of all keys for four queries at once, else two entries at a time so that additions do not
             # wait for each other
             if whole:
-                row = i % ROWS
                 for t in range(n):
                     scores[row, t] = weight[t] / norm
                 if row == ROWS - 1 or i == n - 1:
