@@ -392,6 +392,7 @@ def test_a_video_killed_in_the_middle_goes_on_to_the_same_file(tmp_path, monkeyp
         "    if not left: os.kill(os.getpid(), int(sys.argv[1]))\n"
         "    store(*args)\n"
         "video._store = stopped\n"
+        "video.CODECS['h264'].options['x264-params'] = 'mbtree=0'\n"  # as in test_video's short segments
         "sys.exit(cli.main(['upscale', *sys.argv[3:], '--device', 'cpu']))\n"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -407,7 +408,9 @@ def test_a_video_killed_in_the_middle_goes_on_to_the_same_file(tmp_path, monkeyp
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "out.mp4").exists()
         assert len(list((tmp_path / ".out.mp4.pft-work").glob("*.packets"))) == segments
-    monkeypatch.setattr(importlib.import_module("pft_arch.video"), "SEGMENT_FRAMES", 5)
+    module = importlib.import_module("pft_arch.video")
+    monkeypatch.setattr(module, "SEGMENT_FRAMES", 5)
+    monkeypatch.setitem(module.CODECS["h264"].options, "x264-params", "mbtree=0")
     for name in ("out.mp4", "whole.mp4"):
         source, target = str(tmp_path / "in.mp4"), str(tmp_path / name)
         assert main(["upscale", source, "-o", target, "-m", model, "--device", "cpu", "-q"]) == 0
