@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pft_arch import PRESETS
 from pft_arch.attention import get_backend, serving
-from pft_arch.benchmark import PRECISIONS, SEED, default_backends, in_precision, machine, timed
+from pft_arch.benchmark import PRECISIONS, SEED, in_precision, machine, timed
 from pft_arch.config import preset
 from pft_arch.network import PFTSR, from_config
 
@@ -45,6 +45,7 @@ def main() -> None:
 
     cuda = given.device.type == "cuda"
     precisions = given.precision or ["fp16" if cuda else "fp32"]
+    backends = given.backend or ["triton" if cuda else "torch"]
     facts = {"machine": machine(given.device)}
     results: list[Record] = []
 
@@ -52,9 +53,7 @@ def main() -> None:
         print(record, flush=True)
         given.json.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n", "utf-8")
 
-    for name, size, precision, backend in product(
-        given.preset, given.size, precisions, given.backend or default_backends(given.device)
-    ):
+    for name, size, precision, backend in product(given.preset, given.size, precisions, backends):
         case = {"preset": name, "scale": 2, "size": size, "precision": precision, "backend": backend}
         records = [{**case, "way": way} for way in WAYS if cuda or way not in ON_CUDA]
         results += records

@@ -25,6 +25,7 @@ def main() -> None:
     parts += [
         *map(training, read("training.json", "gpu/training.json")),
         *map(memory, read("memory.json", "gpu/memory.json")),
+        *graphs(read("gpu/graphs_*light.json"), read("gpu/graphs_*again.json")),
     ]
     write("benchmarks.md", parts)
     write("kernels.md", [*map(kernels, read("triton_aot.json"))])
@@ -209,7 +210,7 @@ def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     )
 
 
-# training, memory, kernels
+# training, memory, graphs, kernels
 
 
 def training(run: dict[str, Any]) -> str:
@@ -254,6 +255,34 @@ def memory(run: dict[str, Any]) -> str:
     count = sum("measured" in row for row in run["results"])
     head = f"## The memory model, on {name_of(run['machine'])}\n\nLargest error of {count} predictions: "
     return f"{head}{run['largest_error']:.1%}. Those for x{scale}, {size}x{size}:\n\n{table(lines)}"
+
+
+def graphs(runs: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]]) -> Iterable[str]:
+    """What CUDA graphs and torch.compile do; `again`: the same in a later process."""
+    heads = ("", "first picture, s", "in a later process", "later pictures, ms", "times eager", "difference")
+    second = {way(row): row for run in again for row in run["results"]}
+    for run in runs:
+        lines = [heads]
+        for row in run["results"]:
+            if "error" in row:
+                lines.append((way(row), f"failed: {row['error']}", *[""] * 4))
+            elif "median_seconds" in row:  # else the run was cut off
+                lines.append(
+                    (
+                        way(row),
+                        f"{row['first_seconds']:.1f}",
+                        number(second.get(way(row), {}).get("first_seconds"), "{:.1f}"),
+                        f"{1000 * row['median_seconds']:.2f}",
+                        f"{row['times_as_fast_as_eager']:.2f}",
+                        f"{row['difference']:.0e}",
+                    )
+                )
+        yield f"## CUDA graphs and torch.compile, on {name_of(run['machine'])}\n\n{table(lines)}"
+
+
+def way(row: Row) -> str:
+    size = f"{row['size']}x{row['size']}"
+    return f"{row['preset']} ({row['backend']}) x{row['scale']} {size} {row['precision']}: {row['way']}"
 
 
 def kernels(run: dict[str, Any]) -> str:

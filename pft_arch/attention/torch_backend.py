@@ -118,7 +118,7 @@ def _attend_group(
 
 
 def _largest(scores: Tensor, keep: int) -> Tensor:
-    """Indices (..., keep) of the largest entries of each row, in any order."""
+    """Indices (..., keep) of the largest entries of each row, in any order; torch.compile takes none of numpy's."""
     if scores.device.type != "cpu" or torch.compiler.is_compiling():
         return scores.topk(keep, sorted=False).indices
     first = scores.shape[-1] - keep
