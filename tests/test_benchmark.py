@@ -125,7 +125,7 @@ def test_document_says_met_missed_or_not_measured(tmp_path, monkeypatch):
         row("fp16", "torch", 40, 2.25, 0.2),
         row("fp32", "triton", 30, 2.5, 0.1),
     ]
-    text = table.targets([{"machine": {"device": "cuda"}, "results": rows}], None)
+    text = table.targets([{"machine": {"device": "cuda"}, "results": rows}], [])
     verdicts = [line.split(" | ")[2:] for line in text.splitlines()[2:]]
     assert verdicts == [
         *[["", "not measured |"]] * 4,
