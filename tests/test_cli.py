@@ -33,16 +33,8 @@ except ImportError:  # the tests of videos are left out
 
 ROOT = Path(__file__).parent.parent
 cli_upscale = importlib.import_module("pft_arch.cli.upscale")
+pytestmark = pytest.mark.usefixtures("one_thread")
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Threads that wait for each other are most of the time of so small a network."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

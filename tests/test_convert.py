@@ -13,19 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import Golden, golden_files
+from conftest import TINY, Golden, golden_files, same
 from pft_arch import PFTSR, PFTConfig, WeightsError, create_pft_sr, load_model
 from pft_arch.cli import main
 from pft_arch.convert import convert, sample_picture
 from pft_arch.weights import save_model
-
-TINY: dict[str, Any] = {"embed_dim": 12, "num_blocks": (2, 3), "num_heads": 2, "window_size": 4, "top_k": 9}
-
-
-@pytest.fixture
-def model() -> PFTSR:
-    torch.manual_seed(0)
-    return PFTSR(**TINY).eval()
 
 
 @pytest.fixture
@@ -39,11 +31,6 @@ def checkpoint(model: PFTSR, tmp_path: Path) -> Path:
 def metadata(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
         return dict(file.metadata())
-
-
-def same(a: PFTSR, b: PFTSR) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return a.config == b.config and all(torch.equal(left[key], right[key]) for key in left)
 
 
 @pytest.mark.parametrize("golden", [*map(Golden, golden_files())], ids=lambda golden: golden.name)

@@ -38,7 +38,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "Swin2SR": {"window_size": 8},
     "SwinIR": {"window_size": 8},
 }  # fmt: skip
-TINY: dict[str, Any] = {"embed_dim": 12, "num_blocks": (2, 3), "num_heads": 2, "window_size": 4, "top_k": 16}
 
 
 def registry() -> Any:
@@ -122,8 +121,8 @@ def test_spandrel_opens_our_files_and_gives_what_the_network_gives(kind: str, tm
         assert torch.equal(model(image), network(image).clamp(0, 1))
 
 
-def test_weights_that_fit_no_preset_are_sent_to_our_own_loader(tmp_path: Path) -> None:
-    save_model(PFTSR(**TINY), tmp_path / "tiny.safetensors")
+def test_weights_that_fit_no_preset_are_sent_to_our_own_loader(model: PFTSR, tmp_path: Path) -> None:
+    save_model(model, tmp_path / "tiny.safetensors")
     with pytest.raises(WeightsError, match=r"embed_dim 12.*cannot see the configuration.*PFT-SR Load Model$"):
         spandrel.ModelLoader(registry=FULL).load_from_file(tmp_path / "tiny.safetensors")
 

@@ -32,6 +32,7 @@ from pft_arch.weights import save_model
 
 CONFIG: dict[str, Any] = {"embed_dim": 12, "num_blocks": (2, 2), "num_heads": 2, "window_size": 8}
 OPTIONS = {"tile": 48, "overlap": 16}
+pytestmark = pytest.mark.usefixtures("one_thread")
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of a process as Linux has them")
 
 
@@ -45,15 +46,6 @@ def _row(request: pytest.FixtureRequest, record_property: Callable[[str, object]
     for mark in request.node.iter_markers("fault"):
         for name, text in zip(("where", "fault", "end"), mark.args, strict=True):
             record_property(name, text)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other are most of the time of so small a network."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -31,16 +31,13 @@ fsspec = pytest.importorskip("fsspec")
 
 
 @pytest.fixture(scope="module")
-def two_workers() -> Iterator[None]:
-    """A cluster with room for two workers."""
+def two_workers(one_thread: None) -> Iterator[None]:
+    """A cluster with room for two workers, each of one thread, as the tests are then."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")  # on a busy machine too it must get on
         ray.init("local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a worker of one CPU has it
     yield
-    torch.set_num_threads(threads)
     ray.shutdown()
 
 

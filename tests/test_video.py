@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,9 @@ RATE = 48000
 
 
 @pytest.fixture(scope="module")
-def model() -> Iterator[PFTSR]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def model(one_thread: None) -> PFTSR:
     torch.manual_seed(0)
-    yield PFTSR(scale=2, embed_dim=8, num_blocks=(2,), num_heads=2, window_size=4).eval()
-    torch.set_num_threads(threads)
+    return PFTSR(scale=2, embed_dim=8, num_blocks=(2,), num_heads=2, window_size=4).eval()
 
 
 def drawing(number: int, width: int, height: int) -> np.ndarray:

@@ -13,30 +13,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import Golden, golden_files
+from conftest import TINY, Golden, golden_files, same
 from pft_arch import CATALOGUE, PFTSR, PFTConfig, WeightsError, create_pft_sr, load_model
 from pft_arch.config import PRESETS
 from pft_arch.weights import describe, is_pft_file, resolve, save_model
 
 BUNDLED_NAMES = [name for name, variant in CATALOGUE.items() if variant.source == "bundled"]
-TINY: dict[str, Any] = {"embed_dim": 12, "num_blocks": (2, 3), "num_heads": 2, "window_size": 4, "top_k": 16}
-
-
-@pytest.fixture
-def model() -> PFTSR:
-    torch.manual_seed(0)
-    return PFTSR(**TINY).eval()
 
 
 @pytest.fixture
 def file(model: PFTSR, tmp_path: Path) -> Path:
     save_model(model, tmp_path / "tiny.safetensors", {"licence": "none"})
     return tmp_path / "tiny.safetensors"
-
-
-def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def test_a_saved_model_loads_as_it_was(model: PFTSR, file: Path) -> None:
@@ -123,7 +111,7 @@ def test_whatever_frameworks_put_around_and_before_the_keys_is_removed(
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_arguments_that_a_framework_leaves_in_its_metadata_are_used(model: PFTSR, tmp_path: Path, suffix: str) -> None:
-    arguments = {"upscale": 2, "depths": [2, 3], "num_topk": [16] * 5, "convffn_kernel_size": 3, "mlp_ratio": 2.0}
+    arguments = {"upscale": 2, "depths": [2, 3], "num_topk": [9] * 5, "convffn_kernel_size": 3, "mlp_ratio": 2.0}
     arguments |= {"embed_dim": 12, "num_heads": 2, "window_size": 4, "img_size": 64, "upsampler": "pixelshuffle"}
     if suffix == ".pth":
         torch.save({"metadata": arguments, "params": model.state_dict()}, tmp_path / "net.pth")
