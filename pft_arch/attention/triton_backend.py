@@ -133,7 +133,7 @@ def attend(
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether kernels run there, none having failed. The interpreter takes the bits of bfloat16 for numbers."""
+    """Whether kernels run there, none having failed. The interpreter multiplies bfloat16's bits as numbers."""
     dtypes = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
     return not failure and (INTERPRETED or device.type == "cuda") and dtype in dtypes
 
@@ -162,7 +162,8 @@ def layer(qkv: Tensor, table: Tensor, carry: Any, geometry: Geometry, keep: int)
         return out, MapCarry(logits, indices)
     q, k, v = _Pack.apply(qkv, geometry)
     if carry is not None:
-        q, k, table = torch.cat([carry.q, q], -1), torch.cat([carry.k, k], -1), table + carry.table
+        q, k = torch.cat([carry.q, q], -1), torch.cat([carry.k, k], -1)
+        table = table.float() + carry.table  # the sum of two in half precision would be rounded to it
     if chain.dense_pays(q.shape[-1], geometry.tokens, keep):
         out, _, _ = _Rows.apply(q, k, v, table, None, geometry, keep, None)
         return out, DenseCarry(q, k, table)
