@@ -28,7 +28,9 @@ def like_a_gpu() -> Iterator[None]:
     Memory that nobody has written holds NaN and the largest integers.
     """
     memory = _Memory()
-    serves = mock.patch.object(triton_backend, "_serves", lambda qkv: qkv.dtype != torch.float64)
+    serves = mock.patch.object(
+        triton_backend, "serves", lambda _, dtype: not triton_backend.failure and dtype != torch.float64
+    )
     launch = mock.patch.object(triton_backend, "_launch", memory.watched(triton_backend._launch))
     methods = {"create_dot": _dot, "cast_impl": _cast(InterpreterBuilder.cast_impl)}
     for name, kind in (("create_masked_load", "read"), ("create_masked_store", "write"), ("create_atomic_rmw", "add")):
