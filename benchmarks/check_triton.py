@@ -161,13 +161,9 @@ def _indices(carry: Any, chain: Chain) -> Tensor | None:
     if isinstance(carry, triton_backend.MapCarry) and carry.indices is not None:
         return carry.indices.unflatten(0, (-1, chain.heads)).sort(-1).values
     if isinstance(carry, torch_backend.MapCarry) and carry.groups[0][1] is not None:
-        windows = chain.images * chain.down * chain.across
-        n, k = carry.groups[0][0].shape[-2:]
-        whole = carry.groups[0][1].new_empty(windows, chain.heads, n, k)
-        groups = torch_backend._groups(windows, chain.heads, n, whole.device)
-        for place, (_, indices) in zip(groups, carry.groups, strict=True):
-            whole[place] = indices.sort(-1).values
-        return whole
+        indices = [indices.sort(-1).values for _, indices in carry.groups]
+        per_block = -(-chain.heads // indices[0].shape[1])  # a block of windows has groups of heads
+        return torch.cat([torch.cat(indices[i : i + per_block], 1) for i in range(0, len(indices), per_block)])
     return None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 import torch
@@ -72,7 +73,8 @@ def _layer(
     outs: list[Tensor] = []
     groups: list[tuple[Tensor, Tensor | None]] = []
     old = iter(()) if carry is None else iter(carry.groups) if torch.is_grad_enabled() else carry.take()
-    for some_q, some_k, some_v, some_bias in _groups(q, k, v, bias.expand(heads, n, n)):
+    biases = cycle(bias.expand(heads, n, n).split(group_size(q)[1]))
+    for some_q, some_k, some_v, some_bias in zip(parts(q), parts(k), parts(v), biases, strict=False):
         logits, indices = next(old, (None, None))
         out, group = _attend_group(some_q, some_k, some_v, some_bias, logits, indices, keep, dropout)
         outs.append(out)
@@ -135,12 +137,14 @@ def _sparse_product(weights: Tensor, indices: Tensor, v: Tensor) -> Tensor:
     return bags.view(groups, heads, n, d)
 
 
-def _groups(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Parts by windows and heads such that no group's maps hold more scores than the device's limit."""
-    heads, n = q.shape[1:3]
-    limit = max(1, (CPU_GROUP if q.device.type == "cpu" else GPU_GROUP) // (n * n))
-    some, these = max(1, limit // heads), min(heads, limit)
-    biases = bias.split(these)
-    # not slices: the gradient of each would be as large as the whole
-    for parts in zip(q.split(some), k.split(some), v.split(some), strict=True):
-        yield from zip(*(part.split(these, 1) for part in parts), biases, strict=True)
+def parts(x: Tensor) -> Iterator[Tensor]:
+    """Of (windows, heads, n, any), by groups; not slices: the gradient of each would be as large as the whole."""
+    some, these = group_size(x)
+    return (part for block in x.split(some) for part in block.split(these, 1))
+
+
+def group_size(x: Tensor) -> tuple[int, int]:
+    """Windows and heads of a group of (windows, heads, n, any), whose maps hold no more scores than the limit."""
+    heads, n = x.shape[1:3]
+    limit = max(1, (CPU_GROUP if x.device.type == "cpu" else GPU_GROUP) // (n * n))
+    return max(1, limit // heads), min(heads, limit)

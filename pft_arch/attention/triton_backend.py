@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -181,11 +182,9 @@ def _for_torch(carry: Any, geometry: Geometry) -> Any:
     if isinstance(carry, MapCarry):
         if carry.logits is None:
             raise ValueError(chain.USED_UP)
-        logits = carry.logits.unflatten(0, windows)
-        indices = None if carry.indices is None else carry.indices.unflatten(0, windows)
-        count, heads, n = logits.shape[:3]
-        groups = torch_backend._groups(count, heads, n, logits.device)
-        return torch_backend.MapCarry([(logits[g], None if indices is None else indices[g]) for g in groups])
+        logits = torch_backend.parts(carry.logits.unflatten(0, windows))
+        indices = repeat(None) if carry.indices is None else torch_backend.parts(carry.indices.unflatten(0, windows))
+        return torch_backend.MapCarry(list(zip(logits, indices, strict=False)))
     return carry
 
 
