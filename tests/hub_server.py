@@ -14,7 +14,11 @@ import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -71,6 +75,20 @@ class HubServer:
         self.storage = f"http://localhost:{self._server.server_port}/storage"
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return self
+
+    def stand_in(self, patch: pytest.MonkeyPatch, folder: Path, **settings: object) -> None:
+        """Be the Hub to huggingface_hub, with its cache in a folder. It reads its environment on import, so what is set
+        are its constants; settings: more of them."""
+        settings |= {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(folder / "hf"),
+            "HF_TOKEN_PATH": str(folder / "token"),
+        }
+        for name, value in settings.items():
+            patch.setattr(constants, name, value)
+        patch.setenv("NO_PROXY", "127.0.0.1,localhost")
 
     def __exit__(self, *_: object) -> None:
         self._end.set()

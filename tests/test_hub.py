@@ -58,7 +58,7 @@ except WeightsError as error:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """The Hub that huggingface_hub talks to, which reads its environment on import: its constants are set here."""
+    """The Hub that huggingface_hub talks to."""
     files = {"x4.safetensors": CONTENT}
     repos = {
         "someone/pft": Repo(files),
@@ -66,22 +66,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         "someone/gated": Repo(files, token="hf_good", gated=True),
     }
     with HubServer(repos) as server:
-        settings = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(tmp_path / "hf"),
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-            "HF_HUB_DOWNLOAD_TIMEOUT": 0.5,
-            "HF_HUB_ETAG_TIMEOUT": 0.5,
-            "DOWNLOAD_CHUNK_SIZE": 1 << 16,
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
+        timeouts = {"HF_HUB_DOWNLOAD_TIMEOUT": 0.5, "HF_HUB_ETAG_TIMEOUT": 0.5}
+        server.stand_in(monkeypatch, tmp_path, **timeouts, DOWNLOAD_CHUNK_SIZE=1 << 16)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
         monkeypatch.delenv("PFT_SR_REPO", raising=False)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         yield server
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 
 from hub_server import COMMIT, HubServer, Repo
 from pft_arch import WeightsError, create_pft_sr, load_model
@@ -23,18 +22,9 @@ from pft_arch.weights import resolve, save_model
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer() as server:
-        settings = {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(tmp_path / "hf"),
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-            "HF_HUB_DISABLE_XET": True,  # the server speaks the older protocol for large files
-        }
-        for name, value in settings.items():
-            monkeypatch.setattr(constants, name, value)
+        # the server speaks the older protocol for large files
+        server.stand_in(monkeypatch, tmp_path, HF_HUB_DISABLE_XET=True)
         monkeypatch.setenv("HF_TOKEN", server.writer)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         yield server
 
 
