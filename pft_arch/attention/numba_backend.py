@@ -30,16 +30,16 @@ from . import torch_backend
 from .chain import USED_UP, concatenate, dense_pays, split
 from .fastmath import LANES, add, bits_to_float, exp_negative, float_to_bits, load, multiply_add, store, total, zeros
 
-F, I = np.float32, np.int32  # noqa: E741
+F, I, U = np.float32, np.int32, np.uint64  # noqa: E741
 ROWS = 4  # queries that share a pass over the keys
 PARTS_PER_THREAD = 4  # so that threads end at about the same time
 
 
 @dataclass
 class RowCarry:
-    """Logits minus their row's maximum, and int16 indices, None where nothing is cut: (B * windows * heads * n, room),
-    of which the first `kept` entries of a row hold. Where no gradients are recorded, the next layer writes into the
-    same memory, and sets `kept` to 0.
+    """Logits minus their row's maximum, and int16 indices, None where nothing is cut: (B * windows * heads * n, room).
+    `kept` entries of each row hold, those of one window and head side by side where its share of the memory begins.
+    Where no gradients are recorded, the next layer writes into the same memory, and sets `kept` to 0.
     """
 
     logits: Tensor
@@ -222,7 +222,8 @@ def _forward(  # type: ignore[no-untyped-def]
 
     qkv (B * H * W, 3, heads, d); dense_q, dense_k (rows, 1, 1, depth), or empty: then the image's own queries and keys
     are taken; biases as of `_bias_rows`. Reads carry and index, of which `kept` entries a row hold; writes
-    out (B * H * W, 1, heads, d), and new_carry and new_index, `keep` entries a row, which may lie in the same memory.
+    out (B * H * W, 1, heads, d), and new_carry and new_index, `keep` entries a row, which may lie in the same memory:
+    no row then ends behind where it was read.
     """
     _, _, heads, d = qkv.shape
     n = window * window
@@ -241,6 +242,8 @@ def _forward(  # type: ignore[no-untyped-def]
     if keep < kept:
         share, target = np.empty(keep, F), np.empty(keep, np.int16)
     product = np.empty(ROWS * wide, F)
+    old_carry, old_index = carry.reshape(-1), index.reshape(-1)
+    carries, indices = new_carry.reshape(-1), new_index.reshape(-1)
     for b in range(first, last):
         head = b % heads
         if b == first or head == 0:
@@ -254,21 +257,24 @@ def _forward(  # type: ignore[no-untyped-def]
             _read(qkv, 1, head, pixel, F(1), key, depth, not has_index)
 
         for i in range(n):
-            r, row = b * n + i, i % ROWS
+            row = i % ROWS
             bias = biases[head % biases.shape[0], i % window, (window - 1 - i // window) * window :]
+            # unsigned: numba looks at other sums whether they count from an array's end, and then makes no vectors
+            at_carry, at_index = U(b * n * carry.shape[1] + i * kept), U(b * n * index.shape[1] + i * kept)
+            to_carry, to_index = U(b * n * new_carry.shape[1] + i * keep), U(b * n * new_index.shape[1] + i * keep)
 
             # logits of the entries still kept
             if has_index:
                 for t in range(kept):
-                    j = np.int64(index[r, t])
+                    j = np.int64(old_index[at_index + U(t)])
                     place[t] = j
-                    logit[t] = carry[r, t] + _dot(query, i * depth, key, j * depth, depth) + bias[j]
+                    logit[t] = old_carry[at_carry + U(t)] + _dot(query, i * depth, key, j * depth, depth) + bias[j]
             else:
                 if row == 0:
                     _score(query, key, i, depth, scores)
                 if has_carry:
                     for t in range(n):
-                        logit[t] = scores[row, t] + bias[t] + carry[r, t]
+                        logit[t] = scores[row, t] + bias[t] + old_carry[at_carry + U(t)]
                 else:
                     for t in range(n):
                         logit[t] = scores[row, t] + bias[t]
@@ -281,10 +287,10 @@ def _forward(  # type: ignore[no-untyped-def]
                 for t in range(keep):
                     c = np.int64(chosen[t])
                     share[t], target[t] = weight[c], place[c]
-                    new_carry[r, t], new_index[r, t] = logit[c], place[c]
+                    carries[to_carry + U(t)], indices[to_index + U(t)] = logit[c], place[c]
             elif has_new:
                 for t in range(keep):
-                    new_carry[r, t] = logit[t]
+                    carries[to_carry + U(t)] = logit[t]
 
             # product with v: of all keys for four queries at once, else two entries at a time so that additions do not
             # wait for each other
