@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import tempfile
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import SCALES, PFTConfig, preset
+from .files import digest
 from .network import PFTSR
 from .weights import WeightsError, from_state_dict, load_model, read_weights, resolve, save_model, shapes_tell
 
@@ -57,7 +57,7 @@ def convert(
     if isinstance(config, str):
         config = _preset(source, config, state)
     network = from_state_dict(state, metadata, source=str(source), config=config)
-    metadata |= {"source": source.name, "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    metadata |= {"source": source.name, "source_sha256": digest(source)}
 
     picture = sample_picture(network.config.in_channels)
     expected, psnr = _enlarge(network, picture), math.inf
@@ -78,12 +78,12 @@ def convert(
                 written = load_model(unchecked, config=network.config)
             if written.config != network.config or not torch.equal(_enlarge(written, picture), expected):
                 raise WeightsError(f"{target}: not written, as the result would differ from {source}. Please report it")
-            digest = hashlib.sha256(unchecked.read_bytes()).hexdigest()
+            sha256 = digest(unchecked)
             _check_target(source, target, overwrite)  # once more: this has taken a while
             os.replace(unchecked, target)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise WeightsError(f"{target}: not written ({getattr(error, 'strerror', None) or error})") from error
-    return Conversion(target, network.config, digest, psnr)
+    return Conversion(target, network.config, sha256, psnr)
 
 
 def sample_picture(channels: int) -> Tensor:

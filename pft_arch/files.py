@@ -1,12 +1,14 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and their checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 run = ""  # of many processes that work together: what a killed one leaves half done is known by this
 
@@ -23,3 +25,12 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def digest(path: Path, algorithm: Any = None) -> str:
+    """The checksum of a file, in hexadecimal: SHA-256, unless another of hashlib's algorithms is given."""
+    algorithm = algorithm or hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            algorithm.update(chunk)
+    return str(algorithm.hexdigest())

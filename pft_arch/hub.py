@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .catalogue import REPO_ID, SUFFIXES, Variant, WeightsError
+from .files import digest
 
 REPO_VARIABLE = "PFT_SR_REPO"
 STAGING = ".downloading"  # in the model folder, so that a finished file needs no second copy to get its name
@@ -169,14 +170,7 @@ def fetch(file: HubFile, folder: str | Path, progress: Progress | None = None) -
 def _is_right(path: Path, size: int, sha256: str) -> bool:
     if not path.is_file() or (size and path.stat().st_size != size):
         return False
-    return not sha256 or _digest(path, hashlib.sha256()) == sha256
-
-
-def _digest(path: Path, algorithm: Any) -> str:
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            algorithm.update(chunk)
-    return str(algorithm.hexdigest())
+    return not sha256 or digest(path) == sha256
 
 
 @contextmanager
@@ -233,9 +227,9 @@ def _fault(part: Path, size: int, checksum: str) -> str:
     if size and found != size:
         return f"{found} bytes, expected {size}"
     if re.fullmatch("[0-9a-f]{64}", checksum):
-        got, kind = _digest(part, hashlib.sha256()), "sha256"
+        got, kind = digest(part), "sha256"
     elif re.fullmatch("[0-9a-f]{40}", checksum):
-        got, kind = _digest(part, hashlib.sha1(b"blob %d\0" % found, usedforsecurity=False)), "git checksum"
+        got, kind = digest(part, hashlib.sha1(b"blob %d\0" % found, usedforsecurity=False)), "git checksum"
     else:  # a mirror with ETags of its own
         return ""
     return "" if got == checksum else f"{kind} {got[:12]}..., expected {checksum[:12]}..."

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -25,7 +24,7 @@ from .attention.windows import relative_position_index
 from .catalogue import BUNDLED, CATALOGUE, SUFFIXES, Variant, WeightsError, catalogue, default_folder
 from .config import PRESETS, SCALES, PFTConfig, preset
 from .errors import is_out_of_memory
-from .files import replacing
+from .files import digest, replacing
 from .hub import Progress, fetch, fetch_variant, parse_uri
 from .network import PFTSR, from_config
 
@@ -95,7 +94,7 @@ def resolve(model: str | Path, folder: str | Path | None = None, progress: Progr
     if variant.source == "hub":
         return fetch_variant(variant, folder, progress)
     path = BUNDLED / variant.file
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != variant.sha256:
+    if not path.is_file() or digest(path) != variant.sha256:
         raise WeightsError(f"{path}: the bundled weights of {variant.name} are missing or damaged; reinstall the pack")
     return path
 
@@ -214,7 +213,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sha256": digest(path),
         "architecture": "PFT-SR",
         "preset": named[0] if named else None,
         "scale": config.scale,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -62,6 +61,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..evaluate import evaluate, format_table, to_json
+    from ..files import digest
     from ..weights import resolve
 
     with tqdm(unit="image", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
@@ -77,7 +77,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     print(format_table(evaluation))
     if args.json:
         weights = resolve(args.model)
-        facts = {"file": weights.name, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+        facts = {"file": weights.name, "sha256": digest(weights)}
         try:
             args.json.write_text(json.dumps({"model": facts, **to_json(evaluation)}, indent=2) + "\n", "utf-8")
         except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import hashlib
 import json
 import os
 import re
@@ -182,9 +181,13 @@ def upscale_all(args: argparse.Namespace, jobs: list[Job], device: torch.device,
     import torch
     from tqdm import tqdm
 
+    from ..files import digest
+    from ..weights import resolve
+
     dtype = pick_dtype(args.precision, device)
     model = open_model(args.model, device if engine is one_by_one else torch.device("cpu"), dtype)
-    worker = Worker(model, args, {"weights_sha256": weights_sha256(args.model), "settings": settings(args, str(dtype))})
+    common = {"weights_sha256": digest(resolve(args.model)), "settings": settings(args, str(dtype))}
+    worker = Worker(model, args, common)
     manifest = Manifest(Path(args.output), worker.common) if args.resume else None
     exists = exists_in(location(args.output)) if args.skip_existing else None
 
@@ -240,12 +243,6 @@ def settings(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
     names = ("tile", "overlap", "format", "target", "codec", "quality")
     return {**{name: getattr(args, name) for name in names}, "precision": dtype, "version": __version__}
-
-
-def weights_sha256(model: str) -> str:
-    from ..weights import resolve
-
-    return hashlib.sha256(resolve(model).read_bytes()).hexdigest()
 
 
 class Worker:
