@@ -12,16 +12,14 @@ extra channels, one per region: a query holds MASK / 10 in its own region's chan
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .windows import MASK, from_windows, regions, relative_position_bias, to_windows
+from .windows import MASK, from_windows, regions, to_windows
 
 USED_UP = "an attention map serves one layer only, unless gradients are recorded: it is large, and its memory reused"
 TOKENS_PER_CHANNEL = 8  # below that, the map of a dense chain is smaller and quicker than its queries and keys
@@ -37,34 +35,6 @@ class DenseCarry:
     q: Tensor
     k: Tensor
     table: Tensor
-
-
-def attend_by(
-    map_layer: Callable[..., tuple[Tensor, Any]],
-    qkv: Tensor,
-    table: Tensor,
-    carry: Any,
-    *,
-    heads: int,
-    window: int,
-    shift: int,
-    keep: int,
-    dropout: float,
-) -> tuple[Tensor, Any]:
-    """A layer of a backend: dense attention while that pays, from then on the backend's own `map_layer`.
-
-    map_layer(q, k, v, table, carry, window, keep, dropout) -> (out like v, carry): q, k (windows, heads, n, any width),
-    q scaled, v (windows, heads, n, d); carry None or what it returned for the layer before.
-    """
-    height, width = qkv.shape[1:3]
-    q, k, v = split(qkv, heads, window, shift)
-    if carry is None or isinstance(carry, DenseCarry):
-        dense = concatenate(q, k, table, carry, height, width, window, shift)
-        if dense_pays(dense.q.shape[-1], window * window, keep):
-            return join(dense_attention(dense, v, window, dropout), window, shift, height, width), dense
-        q, k, table, carry = dense.q, dense.k, dense.table, None
-    out, carry = map_layer(q, k, v, table, carry, window, keep, dropout)
-    return join(out, window, shift, height, width), carry
 
 
 def split(qkv: Tensor, heads: int, window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,12 +70,3 @@ def dense_pays(width: int, tokens: int, keep: int) -> bool:
     """Whether a layer of a chain that is dense so far is dense too: it cuts nothing, and queries and keys of all layers
     so far, `width` channels of a head, are smaller and quicker than the map that they make."""
     return keep == tokens and width <= tokens // TOKENS_PER_CHANNEL
-
-
-def dense_attention(layer: DenseCarry, v: Tensor, window: int, dropout: float) -> Tensor:
-    """softmax(q k^T + bias) v, (B * windows, heads, n, d), without a map where torch has a fused kernel."""
-    bias = relative_position_bias(layer.table, window).to(v.dtype)
-    # the fused kernels want one width; without them every map of the image is alive at once
-    padded = F.pad(v, (0, layer.q.shape[-1] - v.shape[-1]))
-    out = F.scaled_dot_product_attention(layer.q, layer.k, padded, attn_mask=bias[None], dropout_p=dropout, scale=1.0)
-    return out[..., : v.shape[-1]]

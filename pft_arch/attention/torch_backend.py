@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chain import USED_UP, DenseCarry, attend_by
+from .chain import USED_UP, DenseCarry, concatenate, dense_pays, join, split
 from .windows import relative_position_bias
 
 # Scores alive at once. A CPU works on one 1024 x 1024 map (4 MiB) at a time; a GPU needs enough to fill it.
@@ -54,10 +54,27 @@ def attend(
     dropout: float = 0.0,
 ) -> tuple[Tensor, DenseCarry | MapCarry]:
     """See the package's docstring for arguments and result."""
-    return attend_by(_layer, qkv, table, carry, heads=heads, window=window, shift=shift, keep=keep, dropout=dropout)
+    height, width = qkv.shape[1:3]
+    q, k, v = split(qkv, heads, window, shift)
+    if carry is None or isinstance(carry, DenseCarry):
+        dense = concatenate(q, k, table, carry, height, width, window, shift)
+        if dense_pays(dense.q.shape[-1], window * window, keep):
+            return join(_dense_layer(dense, v, window, dropout), window, shift, height, width), dense
+        q, k, table, carry = dense.q, dense.k, dense.table, None
+    out, maps = _map_layer(q, k, v, table, carry, window, keep, dropout)
+    return join(out, window, shift, height, width), maps
 
 
-def _layer(
+def _dense_layer(layer: DenseCarry, v: Tensor, window: int, dropout: float) -> Tensor:
+    """softmax(q k^T + bias) v, (B * windows, heads, n, d), without a map where torch has a fused kernel."""
+    bias = relative_position_bias(layer.table, window).to(v.dtype)
+    # the fused kernels want one width; without them every map of the image is alive at once
+    padded = F.pad(v, (0, layer.q.shape[-1] - v.shape[-1]))
+    out = F.scaled_dot_product_attention(layer.q, layer.k, padded, attn_mask=bias[None], dropout_p=dropout, scale=1.0)
+    return out[..., : v.shape[-1]]
+
+
+def _map_layer(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,7 +84,7 @@ def _layer(
     keep: int,
     dropout: float,
 ) -> tuple[Tensor, MapCarry]:
-    """See `chain.attend_by`."""
+    """A layer with a map. q, k: (windows, heads, n, any width), v: (windows, heads, n, d) -> out like v, carry."""
     windows, heads, n, _ = v.shape
     bias = relative_position_bias(table, window)
     outs: list[Tensor] = []
