@@ -49,6 +49,18 @@ def test_automatic_tiles_fit_free_memory_and_no_larger_would(monkeypatch: pytest
         assert peak_bytes(model, side, side) <= SHARE_OF_FREE * free < peak_bytes(model, side + 32, side + 32)
 
 
+def test_kernels_that_failed_are_counted_as_torch_which_works_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    model = PFTSR(top_k=(256, 256, 100, 100, 40, 40), **SPARSE)  # type: ignore[arg-type]
+    peaks = []
+    for backend in ("torch", "triton"):
+        model.set_attention_backend(backend)
+        peaks.append(peak_bytes(model, 64, 64))
+    assert peaks[1] < peaks[0]
+    monkeypatch.setattr("pft_arch.attention.triton_backend.failure", "no compiler")
+    assert peak_bytes(model, 64, 64) == peaks[0]
+
+
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_a_map_is_let_go_when_it_is_used(backend: str) -> None:
     if backend == "numba":
