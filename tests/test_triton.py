@@ -249,6 +249,15 @@ assert triton_backend.failure
     assert done.stderr.count("plain torch") == 1, done.stderr
 
 
+@pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_kernels_serve_gpus_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], served: bool
+) -> None:
+    monkeypatch.setattr(triton_backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert triton_backend.serves(torch.device("cuda"), torch.float16) is served
+
+
 def test_the_automatic_backend_on_a_cpu_does_not_import_triton() -> None:
     code = """
 import sys, torch

@@ -9,9 +9,9 @@ Needs triton. Three kinds of layer, each one kernel forward:
 In half precision the carry is float16 for inference; in training, and in float32, it is float32. Backward recomputes
 the map from the row's logarithm of the sum of exponentials; what a cut took is remembered as one bit per entry.
 
-What the kernels do not serve goes to the torch backend: other devices, float64, dropout, windows above 32. So does
-everything after a kernel failed to compile or to start, with one line of log. `TRITON_INTERPRET=1` runs the same
-source on a CPU. See docs/kernels.md.
+What the kernels do not serve goes to the torch backend: other devices, GPUs older than Ampere, float64, dropout,
+windows above 32. So does everything after a kernel failed to compile or to start, with one line of log.
+`TRITON_INTERPRET=1` runs the same source on a CPU. See docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from ..errors import is_out_of_memory
 from . import chain, torch_backend, triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OLDEST = (8, 0)  # compute capability: before, Triton has no tensor cores, and whole rows do not fit in shared memory
 MAX_WINDOW = 32  # `rows` holds whole rows of a map in registers
 SPARSE_TILE = 256  # kept entries of one program of `sparse`, which is one warp: reductions then need no barrier
 BACKWARD_TILE = 256
@@ -135,8 +136,12 @@ def attend(
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernels run there, none having failed. The interpreter multiplies bfloat16's bits as numbers."""
-    dtypes = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
-    return not failure and (INTERPRETED or device.type == "cuda") and dtype in dtypes
+    if failure:
+        return False
+    if INTERPRETED:
+        return dtype in (torch.float32, torch.float16)
+    fits = device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return fits and torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def layer(qkv: Tensor, table: Tensor, carry: Any, geometry: Geometry, keep: int) -> tuple[Tensor, Any]:
