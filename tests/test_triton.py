@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from importlib import reload
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,13 @@ assert "triton" not in sys.modules
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_a_triton_that_ends_the_process_on_these_kernels_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling the first cut in float32, 3.2 calls abort()."""
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    with pytest.raises(ImportError, match=r"3\.3"):
+        reload(triton_backend)
 
 
 def test_what_the_kernels_do_not_serve_is_the_torch_backends() -> None:

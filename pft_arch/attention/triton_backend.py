@@ -1,6 +1,6 @@
 """The attention chain on a GPU: fused Triton kernels, forward and backward, in the log domain (see `chain`).
 
-Needs triton. Three kinds of layer, each one kernel forward:
+Needs triton 3.3 or newer. Three kinds of layer, each one kernel forward:
 
     dense    nothing cut and no map kept: the carry is queries and keys of all layers so far, side by side
     rows     all keys of the window, from queries and keys so far or on a dense map, cut or not
@@ -29,6 +29,9 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import is_out_of_memory
 from . import chain, torch_backend, triton_kernels
+
+if [int(x) for x in triton.__version__.split(".")[:2]] < [3, 3]:
+    raise ImportError(f"triton 3.3, which comes with torch 2.7, or newer: {triton.__version__} ends the whole process")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OLDEST = (8, 0)  # compute capability: before, Triton has no tensor cores, and whole rows do not fit in shared memory
@@ -285,7 +288,7 @@ class _Rows(torch.autograd.Function):
         flat, n, width = q.shape
         by_head = _by_head(table)
         out = g.image(v, flat, g.heads * g.width)
-        lse = torch.empty(flat, n, device=q.device)
+        lse = torch.empty(flat, n, dtype=torch.float32, device=q.device)
         new_logits = new_indices = bits = None
         constants = {
             **g.constants(by_head),
@@ -383,7 +386,7 @@ class _Sparse(torch.autograd.Function):
         q, k, v = _packed(qkv, g)
         by_head = _by_head(table)
         out = g.image(qkv, flat, g.heads * g.width)
-        lse = torch.empty(flat, n, device=qkv.device)
+        lse = torch.empty(flat, n, dtype=torch.float32, device=qkv.device)
         new_logits = logits if in_place and keep == kept else torch.empty(flat, n, keep, dtype=dtype, device=qkv.device)
         new_indices = torch.empty_like(new_logits, dtype=torch.int16) if keep < kept else indices
         columns = _power(kept, 8)
@@ -408,8 +411,8 @@ class _Sparse(torch.autograd.Function):
         q, k, v = _packed(qkv, g)
         by_head = _by_head(table)
         d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
-        d_q, d_k, d_v = (torch.zeros(q.shape, device=q.device) for _ in range(3))
-        d_table = torch.zeros(COPIES, *by_head.shape, device=q.device)
+        d_q, d_k, d_v = (torch.zeros_like(q, dtype=torch.float32) for _ in range(3))
+        d_table = by_head.new_zeros(COPIES, *by_head.shape)
         d_logits = torch.empty_like(logits)
         columns = _power(kept, 8)
         rows = max(1, min(_power(n, 1), BACKWARD_TILE // columns))
