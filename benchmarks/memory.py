@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pft_arch import PRESETS
+from pft_arch.attention import get_backend, serving
 from pft_arch.benchmark import PRECISIONS, default_backends, machine, peak_memory
 from pft_arch.config import preset
 from pft_arch.memory import peak_bytes
@@ -34,7 +35,7 @@ def main() -> None:
 
     cpu = given.device.type == "cpu"
     sizes = given.size or ([64, 128] if cpu else [256, 512])
-    precisions = given.precision or (["fp32", "bf16"] if cpu else ["fp32", "fp16"])
+    precisions = given.precision or (["fp32", "bf16", "fp16"] if cpu else ["fp32", "fp16"])
     results = measure(given.device, given.preset, sizes, precisions, given.scale, given.backend)
     off = max((abs(r["predicted"] / r["measured"] - 1) for r in results if r.get("measured")), default=0.0)
     print(f"largest error of the prediction: {off:.1%}")
@@ -63,6 +64,8 @@ def measure(
             for precision in precisions:
                 model = network.to(device, PRECISIONS[precision][0])
                 for backend in backends or default_backends(device):
+                    if serving(get_backend(backend), device, PRECISIONS[precision][0]) != backend:
+                        continue  # it would be torch's that is measured
                     model.set_attention_backend(backend)
                     for size in sizes:
                         record = {"preset": name, "scale": scale, "precision": precision, "backend": backend}
