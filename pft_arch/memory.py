@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .attention import serving, torch_backend
 from .attention.chain import dense_pays
 from .config import PFTConfig
@@ -21,7 +23,8 @@ def peak_bytes(model: PFTSR, height: int, width: int) -> float:
     backend = _backend(model)
     limit = torch_backend.CPU_GROUP if weight.device.type == "cpu" else torch_backend.GPU_GROUP
     scores = min(limit, pixels * c.num_heads * tokens)
-    return max(_layers(c, item, backend, pixels, scores), pixels * _head(c) * item)
+    unfolds = weight.device.type == "cpu" and weight.dtype == torch.float16
+    return max(_layers(c, item, backend, pixels, scores), pixels * _head(c, unfolds) * item)
 
 
 def _backend(model: PFTSR) -> str:
@@ -75,8 +78,12 @@ def _layers(c: PFTConfig, item: int, backend: str, pixels: int, scores: int) -> 
     return peak
 
 
-def _head(c: PFTConfig) -> float:
-    """Numbers per pixel of the widest step after the layers."""
+def _head(c: PFTConfig, unfolds: bool) -> float:
+    """Numbers per pixel of the widest step after the layers.
+
+    unfolds: whether a convolution lays its 3 x 3 patches side by side, as torch's do in float16 on most CPUs.
+    """
     if c.upsampler == "pixelshuffledirect":
         return 2 * c.embed_dim + 2.0 * c.in_channels * c.scale**2
-    return c.embed_dim + (3 if c.upsampler == "nearest+conv" else 2) * HEAD_CHANNELS * c.scale**2
+    images = 3 if c.upsampler == "nearest+conv" else 2  # of 64 channels, in the size of the result
+    return c.embed_dim + max(images, 10 * unfolds) * HEAD_CHANNELS * c.scale**2
