@@ -115,6 +115,27 @@ def test_every_backend_hands_gradients_on(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_the_default_type_of_torch_changes_nothing(backend: str) -> None:
+    if backend == "numba":
+        pytest.importorskip("numba")
+    torch.manual_seed(0)
+    layers = [(torch.randn(1, 8, 8, 24, requires_grad=True), torch.randn(49, 1), keep) for keep in (16, 5, 3)]
+
+    def gradient() -> Tensor:
+        carry = None
+        for qkv, table, keep in layers:
+            out, carry = get_backend(backend)(qkv, table, carry, heads=2, window=4, shift=2, keep=keep)
+        return torch.autograd.grad(out.square().sum(), layers[0][0])[0]
+
+    expected = gradient()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(gradient(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_gradients_reach_what_learns_where_the_first_layers_are_frozen(backend: str) -> None:
     if backend == "numba":
         pytest.importorskip("numba")

@@ -127,7 +127,7 @@ class _Layer(torch.autograd.Function):
         out = torch.empty_like(tokens[:, :1])
         new_logits, new_indices = logits, indices
         if not in_place:
-            new_logits = torch.empty(rows, keep) if mapped else None
+            new_logits = qkv.new_empty(rows, keep) if mapped else None
         if keep < shape.kept and not (in_place and indices is not None):
             new_indices = torch.empty(rows, keep, dtype=torch.int16)
             ctx.mark_non_differentiable(new_indices)
@@ -150,9 +150,9 @@ class _Layer(torch.autograd.Function):
         tokens = _tokens(qkv, shape)
         d_tokens = torch.zeros_like(tokens)
         d_out = torch.zeros_like(tokens[:, :1]) if d_out is None else d_out.reshape(tokens[:, :1].shape)
-        d_q, d_k, d_logits = (None if x is None else torch.empty(x.shape) for x in (dense_q, dense_k, logits))
+        d_q, d_k, d_logits = (None if x is None else qkv.new_empty(x.shape) for x in (dense_q, dense_k, logits))
         parts = len(tokens) * shape.heads // shape.window**2
-        d_table = torch.zeros(parts, (2 * shape.window - 1) ** 2)
+        d_table = qkv.new_zeros(parts, (2 * shape.window - 1) ** 2)
         arrays = [
             *(_array(x, 4) for x in (tokens, d_out, d_tokens, dense_q, dense_k, d_q, d_k)),
             _array(_bias_rows(table, shape.window), 3),
