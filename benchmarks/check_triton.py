@@ -1,10 +1,12 @@
 """Every Triton kernel, forward and backward, against the torch backend in float64.
 
     python benchmarks/check_triton.py [--device cuda] [--json triton.json]
+    python benchmarks/check_triton.py --device cpu [--compiled 80]
 
 On a GPU: chains of layers with the head widths, windows and schedules of the presets, in every precision, by compiled
 kernels; most of the time goes into compiling, once per machine. On a CPU: small chains in Triton's interpreter, which
-is made to compute as a GPU does (see `interpreter`). The exit status is 1 if any error is above its tolerance.
+is made to compute as a GPU does (see `interpreter`), or, on a CPU too, what the compiler makes of the kernels for a GPU
+of that compute capability (see `ptx`). The exit status is 1 if any error is above its tolerance.
 
 A borderline entry may be kept by one and cut by the other. In float32 such rows are counted and left out of both sides
 (a row of the map depends on no other row); in half precision they are part of the error, and what the torch backend
@@ -24,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__" and "cpu" in sys.argv:
+if __name__ == "__main__" and "cpu" in sys.argv and "--compiled" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 import triton
 from interpreter import like_a_gpu
+from ptx import compiled
 from torch import Tensor
 
 from pft_arch.attention import torch_backend, triton_backend
@@ -78,9 +81,16 @@ MODES = (("fp32", True), ("fp16", False), ("bf16", True), ("tf32", False))
 
 
 def check(
-    chain: Chain, precision: str, gradients: bool, device: str | torch.device = "cpu", seed: int = 0
+    chain: Chain,
+    precision: str,
+    gradients: bool,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    capability: int | None = None,
 ) -> dict[str, Any]:
     """Errors of one chain: of each layer's output and, if asked for, of the gradients of its inputs and tables.
+
+    On a CPU kernels are interpreted or, with the capability of a GPU, compiled for it and run as `ptx` does.
 
     Returns:
         JSON types: outputs, gradients (lists of relative errors), torch (likewise, of the torch backend in the same
@@ -125,10 +135,11 @@ def check(
         want = torch.autograd.grad(expected_outs, expected_leaves, [g.double() for g in weights], retain_graph=True)
         return of_outputs, [relative_error(a, b) for a, b in zip(got, want, strict=True)]
 
+    kernels = compiled(capability) if capability else like_a_gpu() if device.type == "cpu" else nullcontext()
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
-        with torch.set_grad_enabled(gradients), like_a_gpu() if device.type == "cpu" else nullcontext():
+        with torch.set_grad_enabled(gradients), kernels:
             ours, expected = run(triton_backend, dtype), run(torch_backend, torch.float64)
             same = _same_rows(ours[2], expected[2], chain) if precision == "fp32" else None
             outputs, of_gradients = errors(same, ours, expected)
@@ -180,10 +191,11 @@ def _same_rows(chosen: Sequence[Tensor | None], expected: Sequence[Tensor | None
     return join(rows, chain.window, shift, chain.down * chain.window, chain.across * chain.window).to(device)
 
 
-def check_all(device: str = "cuda", path: Path | None = None) -> dict[str, Any]:
+def check_all(device: str = "cuda", path: Path | None = None, capability: int | None = None) -> dict[str, Any]:
     """All chains in all precisions: {"passed", "device", "torch", "triton", "cases"}, written to `path` on the way."""
     on_gpu = torch.device(device).type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else "Triton's interpreter"
+    simulated = f"code for sm_{capability}, simulated" if capability else "Triton's interpreter"
+    name = torch.cuda.get_device_name(device) if on_gpu else simulated
     result: dict[str, Any] = {"passed": True, "device": name, "torch": torch.__version__, "triton": triton.__version__}
     result["cases"] = []
     for precision, gradients in MODES:
@@ -191,7 +203,7 @@ def check_all(device: str = "cuda", path: Path | None = None) -> dict[str, Any]:
             case: dict[str, Any] = {"chain": label, "precision": precision}
             start = time.perf_counter()
             try:
-                case |= check(chain, precision, gradients, device)
+                case |= check(chain, precision, gradients, device, capability=capability)
             except Exception as error:  # the other cases are worth knowing
                 case |= {"passed": False, "error": f"{type(error).__name__}: {error}"}
             case["seconds"] = round(time.perf_counter() - start, 1)
@@ -210,8 +222,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--compiled", type=int, metavar="CAPABILITY", help="80, 86, 89 or 120; with --device cpu")
     options = parser.parse_args()
-    return 0 if check_all(options.device, options.json)["passed"] else 1
+    return 0 if check_all(options.device, options.json, options.compiled)["passed"] else 1
 
 
 if __name__ == "__main__":
