@@ -222,7 +222,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--compiled", type=int, metavar="CAPABILITY", help="80, 86, 89 or 120; with --device cpu")
+    parser.add_argument("--compiled", type=int, metavar="CAPABILITY", help="80, 86, 89, 90 or 120; with --device cpu")
     options = parser.parse_args()
     return 0 if check_all(options.device, options.json, options.compiled)["passed"] else 1
 

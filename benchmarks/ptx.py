@@ -3,8 +3,8 @@ tensor cores' fragments, shared memory and barriers of the compiled kernels, is 
 
 All threads of a program go in lockstep, one number each in an array; a branch that only some of them take, an address
 outside the tensors, one that is not aligned, or two warps at one place of shared memory without a barrier between them,
-one of them writing, is an error. Knows what the kernels need on sm_80 to sm_89 and on sm_120, and most of sm_90, where
-products of tiles of 64 rows are other instructions (wgmma). After NVIDIA's PTX ISA, release 8.7, section 9.7.
+one of them writing, is an error. Knows what Triton 3.6 makes of the kernels for sm_80 to sm_90 and sm_120.
+After NVIDIA's PTX ISA, release 8.7, section 9.7.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from pft_arch.attention import triton_backend
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
-WIDTHS = {"%rs": 16, "%rd": 64}  # of registers; others have 32 bits
+WIDTHS = {"%rs": 16, "%rd": 64, "%SP": 64, "%SPL": 32}  # of registers; others have 32 bits
+LOCAL = 2**20  # address of a thread's own memory, which no tensor has
 COMPARISONS = {"eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge", "lo": "lt", "ls": "le"}
 COMPARISONS |= {"hi": "gt", "hs": "ge"}
 IGNORED = {"fence", "griddepcontrol", "nop"}
@@ -50,8 +51,13 @@ def compiled(capability: int) -> Iterator[None]:
             Machine(program, [*(x.data_ptr() for x in tensors), *scalars, 0, 0], i, tensors, shared).run()
 
     serves = mock.patch.object(triton_backend, "serves", lambda _, dtype: dtype != torch.float64)
-    with serves, mock.patch.object(triton_backend, "_launch", launch):
-        yield
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # memory that nobody has written holds NaN and the largest integers
+    try:
+        with serves, mock.patch.object(triton_backend, "_launch", launch):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
 
 
 class Program:
@@ -61,6 +67,8 @@ class Program:
         head, body = text[text.index(".visible .entry") :].split("{", 1)
         self.parameters = re.findall(r"\w+_param_\d+", head)
         self.threads = int(re.search(r"\.reqntid (\d+)", head)[1])
+        local = re.search(r"__local_depot\d+\[(\d+)\]", body)
+        self.local = int(local[1]) if local else 0
         body = re.split(r"^\}", body, maxsplit=1, flags=re.MULTILINE)[0]
         body = re.sub(r"//[^\n]*|^\s*\.loc[^\n]*$", "", body, flags=re.MULTILINE)
         body = re.sub(r"(\$[\w$]+):", r"\1:;", body)
@@ -96,6 +104,7 @@ class Machine:
         self.registers: dict[str, Any] = {}
         self.active: Any = np.ones(self.size, bool)
         self.shared = np.zeros(shared + 16, np.uint8)
+        self.local = np.zeros(self.size * program.local, np.uint8)
         self.accesses: list[tuple[bool, Any, Any]] = []  # of shared memory since the last barrier
         self.memory = [(x.data_ptr(), x.numel() * x.element_size()) for x in tensors]
         self.next = 0
@@ -109,8 +118,11 @@ class Machine:
                 continue
             name = parts[0] + "_" if parts[0] in ("and", "or", "not") else parts[0]
             try:
+                execute = getattr(self, name, None)
+                if execute is None:
+                    raise NotImplementedError
                 with np.errstate(all="ignore"):
-                    getattr(self, name)(parts, operands)
+                    execute(parts, operands)
             except Exception as error:
                 raise RuntimeError(f"{text}: {type(error).__name__}: {error}") from error
         self.barrier()
@@ -121,7 +133,7 @@ class Machine:
         """What it holds; before it is written, anything, which is to be seen where it has an effect."""
         if name in self.registers:
             return self.registers[name]
-        width = WIDTHS.get(name[:3], 32)
+        width = WIDTHS.get(name, WIDTHS.get(name[:3], 32))
         return np.full(self.size, 0xA5A5A5A5A5A5A5A5 >> (64 - width), UNSIGNED[width])
 
     def read(self, operand: str, type: str = "b32") -> Any:
@@ -131,14 +143,14 @@ class Machine:
         kind, each, pair = re.fullmatch(r"(\D)(\d+)(x2)?", type).groups()
         width = int(each) * (2 if pair else 1)
         if operand[0] == "{":
-            parts = [self.register(x.strip()) for x in operand[1:-1].split(",")]
+            parts = [self.register(x) for x in _names(operand)]
             value = np.ascontiguousarray(np.stack(parts, 1)).view(UNSIGNED[width])[:, 0]
         elif operand in self.special:
             value = self.special[operand]
         elif operand[0] == "%":
             value = self.register(operand)
-        elif operand == "global_smem":
-            value = np.zeros(self.size, UNSIGNED[width])
+        elif operand == "global_smem" or operand.startswith("__local_depot"):
+            value = np.full(self.size, LOCAL if operand[0] == "_" else 0, UNSIGNED[width])
         else:
             bits = int(operand[2:], 16) if operand[:2] in ("0f", "0d") else int(operand.rstrip("U"), 0)
             value = np.full(self.size, bits & (2**width - 1), UNSIGNED[width])
@@ -148,7 +160,7 @@ class Machine:
 
     def write(self, operand: str, value: Any) -> None:
         if operand[0] == "{":
-            names = [x.strip() for x in operand[1:-1].split(",")]
+            names = _names(operand)
             width = value.dtype.itemsize * 8 * value[0].size // len(names)
             value = np.ascontiguousarray(value).view(UNSIGNED[width]).reshape(self.size, -1)
             for name, part in zip(names, value.T, strict=True):
@@ -157,7 +169,7 @@ class Machine:
         if value.ndim == 2:
             value = np.ascontiguousarray(value).view(UNSIGNED[16 * value.dtype.itemsize])[:, 0]
         if value.dtype != bool:
-            width = WIDTHS.get(operand[:3], 32)
+            width = WIDTHS.get(operand, WIDTHS.get(operand[:3], 32))
             if value.dtype.kind == "f":
                 value = value.view(UNSIGNED[value.dtype.itemsize * 8])
             value = value.astype((SIGNED if value.dtype.kind == "i" else UNSIGNED)[width]).view(UNSIGNED[width])
@@ -178,16 +190,19 @@ class Machine:
         address = address[self.active]
         if (address % size).any():
             raise IndexError("not aligned")
-        if space == "shared":
+        if space.startswith("shared"):
             start, memory, warp = 0, self.shared, np.repeat(self.warp[self.active], size)
             self.accesses.append((write, (address[:, None] + np.arange(size)).ravel(), warp))
             length = len(memory) - 16
+        elif LOCAL <= address[0] < LOCAL + self.program.local:
+            start, length, memory = LOCAL, self.program.local, self.local
         else:
             start, length = next(((b, n) for b, n in self.memory if b <= address.min() < b + n), (0, 0))
             memory = np.frombuffer((ctypes.c_uint8 * length).from_address(start), np.uint8) if length else None
         if (address < start).any() or (address + size > start + length).any():
             raise IndexError("outside the tensor")
-        return memory, (address - start)[:, None] + np.arange(size)
+        own = np.nonzero(self.active)[0] * length if start == LOCAL else 0
+        return memory, (address - start + own)[:, None] + np.arange(size)
 
     def barrier(self) -> None:
         """Raises where, since the last one, a warp wrote what another read or wrote."""
@@ -218,7 +233,7 @@ class Machine:
         return self.write(operands[0], value if operands[0][0] == "{" else value[:, 0])
 
     def st(self, parts: list[str], operands: list[str]) -> None:
-        names = [x.strip() for x in operands[1].strip("{}").split(",")]
+        names = _names(operands[1])
         data = np.stack([self.read(name, parts[-1]) for name in names], 1).view(np.uint8)
         if self.active.any():
             memory, index = self.place(self.address(operands[0]), data.shape[1], True, parts[1])
@@ -228,7 +243,7 @@ class Machine:
         """Also `red`, without a result; the kernels use none."""
         if parts[-1] != "f32" or "add" not in parts:
             raise NotImplementedError
-        value = np.stack([self.read(name.strip(), "f32") for name in operands[-1].strip("{}").split(",")], 1)
+        value = np.stack([self.read(name, "f32") for name in _names(operands[-1])], 1)
         if self.active.any():
             memory, index = self.place(self.address(operands[-2]), 4 * value.shape[1], True, "global")
             np.add.at(memory.view(np.float32), index[:, ::4] // 4, value[self.active])
@@ -265,6 +280,9 @@ class Machine:
             raise RuntimeError("threads part")
 
     # arithmetic
+
+    def cvta(self, parts: list[str], operands: list[str]) -> None:
+        self.apply(lambda x: x, parts, operands)
 
     def mov(self, parts: list[str], operands: list[str]) -> None:
         self.write(operands[0], self.read(operands[1], parts[-1]))
@@ -424,8 +442,8 @@ class Machine:
         self.write(operands[0], pairs.reshape(-1, count, 32).swapaxes(1, 2).reshape(self.size, count))
 
     def stmatrix(self, parts: list[str], operands: list[str]) -> None:
-        names = operands[1].strip("{}").split(",")
-        pairs = np.stack([self.read(name.strip()) for name in names], 1).reshape(-1, 32, len(names))
+        names = _names(operands[1])
+        pairs = np.stack([self.read(name) for name in names], 1).reshape(-1, 32, len(names))
         matrices = np.ascontiguousarray(pairs.swapaxes(1, 2)).view(np.uint16).reshape(-1, len(names), 8, 8)
         matrices = matrices.swapaxes(2, 3) if "trans" in parts else matrices
         self.active = self.lane < 8 * len(names)
@@ -434,33 +452,75 @@ class Machine:
 
     def mma(self, parts: list[str], operands: list[str]) -> None:
         """[16, k] times [k, 8] for every warp: k is 16 in half precision, 8 in tf32."""
-        d, a, b, c = ([x.strip() for x in operand[1:-1].split(",")] for operand in operands)
-        g, t = np.arange(32) // 4, np.arange(32) % 4
-        each = 2 if parts[3] == "m16n8k16" else 1  # numbers in a register
-        left, right = np.zeros((self.size // 32, 16, 8 * each)), np.zeros((self.size // 32, 8 * each, 8))
-        for i, register in enumerate(a):
-            numbers = self.factors(register, parts[-2])
-            for j in range(each):
-                left[:, g + 8 * (i % 2), each * t + j + 4 * each * (i // 2)] = numbers[..., j]
-        for i, register in enumerate(b):
-            numbers = self.factors(register, parts[-2])
-            for j in range(each):
-                right[:, each * t + j + 4 * each * i, g] = numbers[..., j]
-        product = left @ right
-        for i, (to, start) in enumerate(zip(d, c, strict=True)):
-            part = product[:, g + 8 * (i // 2), 2 * t + i % 2].reshape(-1)
-            self.write(to, (self.read(start, "f32") + part).astype(np.float32))
+        d, a, b, c = (_names(operand) for operand in operands)
+        left, right = self.fragment(a, parts[-2], 2), self.fragment(b, parts[-2], 1)
+        self.accumulate(d, left @ right.swapaxes(1, 2), [self.read(x, "f32") for x in c])
 
-    def factors(self, register: str, type: str) -> Any:
-        """[warp, 32, numbers in a register] in float64."""
-        bits = self.read(register)
-        if type == "tf32":
-            numbers = (bits & np.uint32(0xFFFFE000)).view(np.float32)
-        elif type == "bf16":
-            numbers = (bits.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    def wgmma(self, parts: list[str], operands: list[str]) -> None:
+        """[64, 16] times [16, n] for every four warps, in half precision; nothing is ever late here."""
+        if parts[1] != "mma_async":
+            return
+        d, (a, b, keep) = _names(operands[0]), operands[1:4]
+        columns = int(re.search(r"n(\d+)", parts[4])[1])
+        if a[0] == "{":
+            left = self.fragment(_names(a), parts[-1], 2).reshape(-1, 64, 16)
         else:
-            numbers = bits.view(np.float16)
-        return numbers.astype(np.float64).reshape(self.size // 32, 32, -1)
+            left = self.tile(a, 64, operands[6] == "1", parts[-1])
+        product = left @ self.tile(b, columns, operands[-1] == "1", parts[-1]).swapaxes(1, 2)
+        kept = self.read(keep, "pred")
+        self.accumulate(d, product.reshape(-1, 16, columns), [np.where(kept, self.read(x, "f32"), 0) for x in d])
+
+    def tile(self, descriptor: str, rows: int, transposed: bool, type: str) -> Any:
+        """[four warps, rows, 16] out of swizzled shared memory; of a transposed tile, rows are contiguous."""
+        bits = self.read(descriptor, "b64")[::128, None, None]
+        start, leading, stride = (
+            ((bits >> np.uint64(x)) & np.uint64(0x3FFF)).astype(np.int64) << 4 for x in (0, 16, 32)
+        )
+        width = {1: 128, 2: 64, 3: 32}[int(bits.flat[0] >> np.uint64(62))]
+        row, k = np.arange(rows)[:, None], np.arange(16)
+        if transposed:
+            offset = 2 * row // width * leading + 2 * row % width + k // 8 * stride + k % 8 * width
+        else:
+            offset = row // 8 * stride + row % 8 * width + 2 * k
+        address = start + offset
+        address ^= ((address >> 7) & (width // 16 - 1)) << 4
+        if (address + 2 > len(self.shared) - 16).any():
+            raise IndexError("outside shared memory")
+        if any(np.isin(written, address).any() for write, written, _ in self.accesses if write):
+            raise RuntimeError("multiplied without a barrier after it was written")
+        return _numbers(self.shared[address[..., None] + np.arange(2)].view(np.uint16)[..., 0], type)
+
+    def fragment(self, registers: list[str], type: str, halves: int) -> Any:
+        """[warp, 8 * halves, k] in float64 from its registers."""
+        g, t = np.arange(32) // 4, np.arange(32) % 4
+        each = 1 if type == "tf32" else 2  # numbers in a register
+        result = np.zeros((self.size // 32, 8 * halves, 4 * each * len(registers) // halves))
+        for i, register in enumerate(registers):
+            bits = self.read(register)
+            numbers = _numbers(bits if each == 1 else bits.view(np.uint16), type).reshape(-1, 32, each)
+            for j in range(each):
+                result[:, g + 8 * (i % halves), each * t + j + 4 * each * (i // halves)] = numbers[..., j]
+        return result
+
+    def accumulate(self, to: list[str], product: Any, start: list[Any]) -> None:
+        """Adds [warp, 16, columns]."""
+        g, t = np.arange(32) // 4, np.arange(32) % 4
+        for i, (register, total) in enumerate(zip(to, start, strict=True)):
+            part = product[:, g + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * t + i % 2].reshape(-1)
+            self.write(register, (total + part).astype(np.float32))
+
+
+def _names(operand: str) -> list[str]:
+    return [x.strip() for x in operand.strip("{}").split(",")]
+
+
+def _numbers(bits: Any, type: str) -> Any:
+    """In float64."""
+    if type == "tf32":
+        return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+    if type == "bf16":
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+    return bits.view(np.float16).astype(np.float64)
 
 
 def _rounded(x: Any, type: str) -> Any:

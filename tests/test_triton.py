@@ -285,19 +285,21 @@ def test_what_the_kernels_do_not_serve_is_the_torch_backends() -> None:
 
 
 def test_what_the_compiler_makes_of_the_kernels_is_right_too() -> None:
-    """Code for sm_80, run by `ptx`: every kernel, every kind of product, forward and backward."""
+    """Code for two GPUs, run by `ptx`: every kernel, every kind of product, forward and backward."""
     pytest.importorskip("triton.backends.nvidia")
     code = """
 import check_triton as c
-for label, precision in (("dense, then a map", "fp32"), ("cut at once", "fp16"), ("all kinds of layers", "bf16")):
-    result = c.check(c.SMALL[label], precision, gradients=True, capability=80)
+for label, precision, capability in (
+    ("dense, then a map", "bf16", 90), ("cut at once", "fp16", 80), ("all kinds of layers", "fp32", 80)
+):
+    result = c.check(c.SMALL[label], precision, gradients=True, capability=capability)
     assert result["passed"], (label, result)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "benchmarks")))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    if "ptxas" in done.stderr:
-        pytest.skip("Triton comes without an assembler here")
+    if "ptxas" in done.stderr or "NotImplementedError" in done.stderr:
+        pytest.skip(f"Triton comes without an assembler, or makes what ptx does not know: {done.stderr[-200:]}")
     assert done.returncode == 0, done.stderr
 
 
