@@ -416,7 +416,7 @@ class Machine:
     # between the threads of a warp; g and t: row and column of a thread in an 8 x 4 fragment
 
     def shfl(self, parts: list[str], operands: list[str]) -> None:
-        count, limit = (self.read(x).astype(np.int64) for x in operands[2:4])
+        count, limit = self.read(operands[2]).astype(np.int64) & 31, self.read(operands[3]).astype(np.int64) & 0x1F1F
         low = self.lane & (limit >> 8)
         bound = low | (limit & 31 & ~(limit >> 8))
         mode = parts[2]
