@@ -250,6 +250,31 @@ assert triton_backend.failure
     assert done.stderr.count("plain torch") == 1, done.stderr
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_compiled_is_compared_with_torch_before_use(dtype: torch.dtype) -> None:
+    triton_backend.agrees.cache_clear()
+    assert triton_backend.agrees(torch.device("cpu"), dtype)
+    assert not triton_backend.failure
+
+
+def test_kernels_that_compute_something_else_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def miscompiled(kernel: Any, programs: int, *arguments: Tensor, **constants: Any) -> None:
+        launch(kernel, programs, *arguments, **constants)
+        if kernel is triton_backend.triton_kernels.sparse:
+            arguments[6].mul_(0.9)  # its output
+
+    launch = triton_backend._launch
+    monkeypatch.setattr(triton_backend, "_launch", miscompiled)
+    triton_backend.agrees.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not triton_backend.agrees(torch.device("cpu"), torch.float32)
+    triton_backend.agrees.cache_clear()
+    assert not triton_backend.serves(torch.device("cpu"), torch.float32)
+    assert [r.getMessage() for r in caplog.records if "plain torch" in r.getMessage() and "10.0%" in r.getMessage()]
+
+
 @pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_kernels_serve_gpus_from_ampere_on(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], served: bool
