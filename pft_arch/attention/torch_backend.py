@@ -137,10 +137,10 @@ def _attend_group(
 
 
 def _largest(scores: Tensor, keep: int) -> Tensor:
-    """Indices (..., keep) of the largest entries of each row, in any order; torch.compile takes none of numpy's."""
+    """Indices (..., keep) of the largest entries of each row, in any order."""
     # numpy's selection has one thread only, and is as quick as topk on one (rows of 1,024) to three (rows of 128)
-    few = torch.get_num_threads() <= (1 if scores.shape[-1] > 512 else 3)
-    if scores.device.type != "cpu" or not few or torch.compiler.is_compiling():
+    threads = 1 if scores.shape[-1] > 512 else 3
+    if torch.compiler.is_compiling() or scores.device.type != "cpu" or torch.get_num_threads() > threads:
         return scores.topk(keep, sorted=False).indices
     first = scores.shape[-1] - keep
     return torch.from_numpy(np.argpartition(scores.detach().numpy(), first)[..., first:])
