@@ -228,12 +228,11 @@ def _forward(  # type: ignore[no-untyped-def]
     _, _, heads, d = qkv.shape
     n = window * window
     depth, wide = dense_q.shape[3], _padded(d)
-    dense, whole = depth > 0, keep == n
-    if not dense:
+    whole = keep == n
+    if not depth:
         depth = wide if has_index else d
-    scale = F(1 / np.sqrt(d))
 
-    pixel, own = np.empty(n, np.int64), np.arange(n)
+    pixel = np.empty(n, np.int64)
     query, key, value = np.zeros((n + ROWS) * depth, F), np.zeros(_padded(n) * depth, F), np.zeros(_padded(n) * wide, F)
     scores = np.empty((ROWS, _padded(n)), F)
     logit, weight, size = np.empty(kept, F), np.empty(kept, F), np.empty(kept, I)
@@ -249,12 +248,7 @@ def _forward(  # type: ignore[no-untyped-def]
         if b == first or head == 0:
             _find_pixels(b // heads, height, width, window, shift, pixel)
         _read(qkv, 2, head, pixel, F(1), value, d if whole else wide, whole)
-        if dense:
-            _read(dense_q, 0, 0, own + b * n, F(1), query, depth, False)
-            _read(dense_k, 0, 0, own + b * n, F(1), key, depth, True)
-        else:
-            _read(qkv, 0, head, pixel, scale, query, depth, False)
-            _read(qkv, 1, head, pixel, F(1), key, depth, not has_index)
+        _read_queries_and_keys(qkv, dense_q, dense_k, b, pixel, query, key, depth, not has_index)
 
         for i in range(n):
             row = i % ROWS
@@ -317,7 +311,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 @_compiled
 def _sparse_backward(  # type: ignore[no-untyped-def]
-    qkv, d_out, d_qkv, _q, _k, _d_q, _d_k, biases, carry, d_carry, d_new, d_table, index, new_index,
+    qkv, d_out, d_qkv, dense_q, dense_k, d_dense_q, d_dense_k, biases, carry, d_carry, d_new, d_table, index, new_index,
     height, width, window, shift, keep, _, has_new, first, last,
 ):  # fmt: skip
     """Gradients of a layer with an index, from those of its output and, if has_new, its carry.
@@ -328,7 +322,6 @@ def _sparse_backward(  # type: ignore[no-untyped-def]
     _, _, heads, d = qkv.shape
     n, kept = window * window, carry.shape[1]
     wide = _padded(d)
-    scale = F(1 / np.sqrt(d))
 
     pixel, offset = np.empty(n, np.int64), np.arange(n) // window * (2 * window - 1) + np.arange(n) % window
     query, key, value, slope = (
@@ -343,8 +336,7 @@ def _sparse_backward(  # type: ignore[no-untyped-def]
     for b in range(first, last):
         head = b % heads
         _find_pixels(b // heads, height, width, window, shift, pixel)
-        _read(qkv, 0, head, pixel, scale, query, wide, False)
-        _read(qkv, 1, head, pixel, F(1), key, wide, False)
+        _read_queries_and_keys(qkv, dense_q, dense_k, b, pixel, query, key, wide, False)
         _read(qkv, 2, head, pixel, F(1), value, wide, False)
         _read(d_out, 0, head, pixel, F(1), slope, wide, False)
         d_key[:] = 0
@@ -391,8 +383,7 @@ def _sparse_backward(  # type: ignore[no-untyped-def]
                     dot = multiply_add(load(key, j), d_logit[t], dot)
                     store(d_key, j, multiply_add(q, d_logit[t], load(d_key, j)))
                 store(d_query, i * wide + c, dot)
-        _write(d_qkv, 0, head, pixel, scale, d_query, wide, False)
-        _write(d_qkv, 1, head, pixel, F(1), d_key, wide, False)
+        _write_queries_and_keys(d_qkv, d_dense_q, d_dense_k, b, pixel, d_query, d_key, wide, False)
         _write(d_qkv, 2, head, pixel, F(1), d_value, wide, False)
 
 
@@ -404,11 +395,10 @@ def _dense_backward(  # type: ignore[no-untyped-def]
     """Gradients of a layer of all keys; like `_sparse_backward`. Those of dense_q and dense_k, if any, instead of the
     image's own queries and keys."""
     _, _, heads, d = qkv.shape
-    n, dense = window * window, dense_q.size > 0
-    depth = dense_q.shape[3] if dense else d
-    scale, span = F(1 / np.sqrt(d)), 2 * window - 1
+    n, span = window * window, 2 * window - 1
+    depth = dense_q.shape[3] if dense_q.size else d
 
-    pixel, own, padded = np.empty(n, np.int64), np.arange(n), _padded(n)
+    pixel, padded = np.empty(n, np.int64), _padded(n)
     query, key, d_query, d_key = (
         np.zeros((n + ROWS) * depth, F),
         np.zeros(padded * depth, F),
@@ -422,12 +412,7 @@ def _dense_backward(  # type: ignore[no-untyped-def]
     for b in range(first, last):
         head = b % heads
         _find_pixels(b // heads, height, width, window, shift, pixel)
-        if dense:
-            _read(dense_q, 0, 0, own + b * n, F(1), query, depth, False)
-            _read(dense_k, 0, 0, own + b * n, F(1), key, depth, True)
-        else:
-            _read(qkv, 0, head, pixel, scale, query, depth, False)
-            _read(qkv, 1, head, pixel, F(1), key, depth, True)
+        _read_queries_and_keys(qkv, dense_q, dense_k, b, pixel, query, key, depth, True)
         _read(qkv, 2, head, pixel, F(1), value, d, True)
         _read(d_out, 0, head, pixel, F(1), slope, d, False)
         d_key[:] = 0
@@ -477,12 +462,7 @@ def _dense_backward(  # type: ignore[no-untyped-def]
             _sum_keys(slopes, key, i, depth, d_query)
             _add_queries(slopes, query, i, depth, d_key)
             _add_queries(weights, slope, i, d, d_value)
-        if dense:
-            _write(d_dense_q, 0, 0, own + b * n, F(1), d_query, depth, False)
-            _write(d_dense_k, 0, 0, own + b * n, F(1), d_key, depth, True)
-        else:
-            _write(d_qkv, 0, head, pixel, scale, d_query, depth, False)
-            _write(d_qkv, 1, head, pixel, F(1), d_key, depth, True)
+        _write_queries_and_keys(d_qkv, d_dense_q, d_dense_k, b, pixel, d_query, d_key, depth, True)
         _write(d_qkv, 2, head, pixel, F(1), d_value, d, True)
 
 
@@ -521,6 +501,32 @@ def _write(image, part, head, token, factor, numbers, depth, panels):  # type: i
     for t in range(token.size):
         for c in range(image.shape[3]):
             image[token[t], part, head, c] = numbers[_place_of(t, c, depth, panels)] * factor
+
+
+@njit(error_model="numpy")
+def _read_queries_and_keys(qkv, dense_q, dense_k, b, pixel, query, key, depth, panels):  # type: ignore[no-untyped-def]
+    """Of window-head b: of all layers so far, if given, else the image's own, queries scaled. panels: of the keys."""
+    if dense_q.size:
+        own = np.arange(pixel.size) + b * pixel.size
+        _read(dense_q, 0, 0, own, F(1), query, depth, False)
+        _read(dense_k, 0, 0, own, F(1), key, depth, panels)
+    else:
+        head = b % qkv.shape[2]
+        _read(qkv, 0, head, pixel, F(1 / np.sqrt(qkv.shape[3])), query, depth, False)
+        _read(qkv, 1, head, pixel, F(1), key, depth, panels)
+
+
+@njit(error_model="numpy")
+def _write_queries_and_keys(qkv, dense_q, dense_k, b, pixel, query, key, depth, panels):  # type: ignore[no-untyped-def]
+    """The way back, of their gradients."""
+    if dense_q.size:
+        own = np.arange(pixel.size) + b * pixel.size
+        _write(dense_q, 0, 0, own, F(1), query, depth, False)
+        _write(dense_k, 0, 0, own, F(1), key, depth, panels)
+    else:
+        head = b % qkv.shape[2]
+        _write(qkv, 0, head, pixel, F(1 / np.sqrt(qkv.shape[3])), query, depth, False)
+        _write(qkv, 1, head, pixel, F(1), key, depth, panels)
 
 
 @njit(fastmath=True, error_model="numpy")
