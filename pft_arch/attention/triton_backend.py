@@ -160,7 +160,6 @@ def agrees(device: torch.device, dtype: torch.dtype) -> bool:
     Asked before the first use of a device: the kernels were written without a GPU, and compilers err. If it does not,
     all are out of use.
     """
-    global failure
     options: dict[str, Any] = {"heads": 2, "window": 8, "shift": 4}
     geometry = Geometry(2, 8, 8, 4, 1, 2)
     random = torch.Generator().manual_seed(0)
@@ -178,9 +177,8 @@ def agrees(device: torch.device, dtype: torch.dtype) -> bool:
         if indices is not None and not bool(((indices >= 0) & (indices < geometry.tokens)).all()):
             error = math.inf  # the next layer would read wherever they point
         if not error < WRONG:
-            failure = f"a layer that keeps {keep} entries is off by {error:.1%}"
-            text = "the Triton kernels compute on %s in %s something else than torch; attention goes on in plain torch"
-            log.warning(f"{text}, which is slower: %s", device, dtype, failure)
+            text = f"the Triton kernels compute on {device} in {dtype} something else than torch"
+            _give_up(text, f"a layer that keeps {keep} entries is off by {error:.1%}")
             return False
     return True
 
@@ -236,17 +234,22 @@ def _for_torch(carry: Any, geometry: Geometry) -> Any:
 
 def _launch(kernel: Any, programs: int, *arguments: Tensor, **constants: Any) -> None:
     """Starts a kernel on the device of its first argument. One that does not start puts all out of use."""
-    global failure
     try:
         with torch.cuda.device(arguments[0].get_device()):
             kernel[(programs,)](*arguments, **constants)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        failure = str(error) or repr(error)
         text = f"the Triton kernel {kernel.__name__!r} does not run here"
-        log.warning("%s; attention goes on in plain torch, which is slower: %s", text, failure.splitlines()[0])
+        _give_up(text, str(error) or repr(error))
         raise KernelError(text) from error
+
+
+def _give_up(what: str, why: str) -> None:
+    """Put all kernels out of use in this process, and say so."""
+    global failure
+    failure = why
+    log.warning("%s; attention goes on in plain torch, which is slower: %s", what, why.splitlines()[0])
 
 
 def _precision(dtype: torch.dtype) -> str:
