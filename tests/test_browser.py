@@ -20,17 +20,9 @@ import pytest
 from PIL import Image
 
 from host.browser import BrowserMissingError, Frontend, Workflow, browser_path, frontend, prepare
-from host.server import REPOSITORY, Host
+from host.server import NODES, REPOSITORY, Host
 
 EXAMPLES = sorted((REPOSITORY / "example_workflows").glob("*.json"))
-NODES = (
-    "PFTSRLoadModel",
-    "PFTSRLoadModelFromHub",
-    "PFTSRUpscale",
-    "PFTSRUpscaleVideo",
-    "PFTSRAttentionMap",
-    "PFTSRCompare",
-)
 WIDGETS = ("BOOLEAN", "COMBO", "FLOAT", "INT", "STRING")
 HERE = Path(__file__).parent
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from host.server import REPOSITORY, Graph, Host, Message, Run
+from host.server import NODES, REPOSITORY, Graph, Host, Message, Run
 from hub_server import HubServer, Repo
 from pft_arch import CATALOGUE, cli, create_pft_sr, load_model, upscale
 from pft_arch.target import plan, upscale_to
@@ -30,14 +30,6 @@ from pft_arch.weights import resolve, save_model
 
 PACK_NAME = "PFT-SR größer"  # a dash, a space and letters beyond ASCII
 BUNDLED = [name for name, variant in CATALOGUE.items() if variant.source == "bundled"]
-NODES = (
-    "PFTSRLoadModel",
-    "PFTSRLoadModelFromHub",
-    "PFTSRUpscale",
-    "PFTSRUpscaleVideo",
-    "PFTSRAttentionMap",
-    "PFTSRCompare",
-)
 FILES = ("pft_sr/light.safetensors", "upscale_models/light.safetensors", "pft_sr/elsewhere.safetensors")
 WRAPPED = "upscale_models/light_wrapped.pth"
 REPLACED = "pft_sr/replaced.safetensors"

@@ -22,6 +22,14 @@ from PIL import Image
 from websocket import WebSocket, create_connection
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+NODES = (  # of this pack
+    "PFTSRLoadModel",
+    "PFTSRLoadModelFromHub",
+    "PFTSRUpscale",
+    "PFTSRUpscaleVideo",
+    "PFTSRAttentionMap",
+    "PFTSRCompare",
+)
 START_LIMIT = 600  # seconds; 15 on an idle machine
 RUN_LIMIT = 300
 ENDINGS = ("execution_success", "execution_error", "execution_interrupted")
