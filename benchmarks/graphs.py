@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pft_arch import PRESETS
 from pft_arch.attention import get_backend, serving
-from pft_arch.benchmark import PRECISIONS, SEED, in_precision, machine, timed
+from pft_arch.benchmark import PRECISIONS, SEED, error_text, in_precision, machine, timed
 from pft_arch.config import preset
 from pft_arch.network import PFTSR, from_config
 
@@ -105,7 +105,7 @@ def failures_told(record: Record) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of compilers, drivers, memory
-        record["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        record["error"] = error_text(error)
 
 
 def eager(model: PFTSR, image: Tensor) -> Run:

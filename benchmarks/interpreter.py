@@ -23,10 +23,7 @@ from pft_arch.attention import triton_backend
 
 @contextmanager
 def like_a_gpu() -> Iterator[None]:
-    """Within: kernels take bfloat16 too, products are those of tensor cores, and memory is watched (see `_Memory`).
-
-    Memory that nobody has written holds NaN and the largest integers.
-    """
+    """Within: kernels take bfloat16 too, products are those of tensor cores, and memory is watched (see `_Memory`)."""
     memory = _Memory()
     serves = mock.patch.object(
         triton_backend, "serves", lambda _, dtype: not triton_backend.failure and dtype != torch.float64
@@ -35,13 +32,19 @@ def like_a_gpu() -> Iterator[None]:
     methods = {"create_dot": _dot, "cast_impl": _cast(InterpreterBuilder.cast_impl)}
     for name, kind in (("create_masked_load", "read"), ("create_masked_store", "write"), ("create_atomic_rmw", "add")):
         methods[name] = memory.recorded(getattr(InterpreterBuilder, name), kind)
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    with serves, launch, mock.patch.multiple(InterpreterBuilder, **methods), unwritten_memory_shows():
+        yield
+
+
+@contextmanager
+def unwritten_memory_shows() -> Iterator[None]:
+    """Within: memory that nobody has written holds NaN and the largest integers."""
+    before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # this is what fills memory that is handed out
     try:
-        with serves, launch, mock.patch.multiple(InterpreterBuilder, **methods):
-            yield
+        yield
     finally:
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(before)
 
 
 def _dot(builder: Any, a: Any, b: Any, c: Any, precision: Any, _: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pft_arch import upscale
-from pft_arch.benchmark import SEED, default_backends, machine, peak_memory, timed
+from pft_arch.benchmark import SEED, default_backends, error_text, machine, peak_memory, timed
 from pft_arch.config import preset
 from pft_arch.images import read_image
 from pft_arch.network import PFTSR, from_config
@@ -50,7 +50,7 @@ def main() -> None:
                 whole = picture if whole is None else whole
                 run["worst_difference_in_levels"] = round(255 * float((picture - whole).abs().max()), 3)
             except Exception as error:  # out of memory, mostly: that is a result too
-                run["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                run["error"] = error_text(error)
             print(run, flush=True)
             arguments.json.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n", "utf-8")
 

@@ -16,7 +16,7 @@ import torch
 
 from pft_arch import PRESETS
 from pft_arch.attention import get_backend, serving
-from pft_arch.benchmark import PRECISIONS, default_backends, machine, peak_memory
+from pft_arch.benchmark import PRECISIONS, default_backends, error_text, machine, peak_memory
 from pft_arch.config import preset
 from pft_arch.memory import peak_bytes
 from pft_arch.network import from_config
@@ -75,7 +75,7 @@ def measure(
                             with torch.inference_mode():
                                 record["measured"] = peak_memory(lambda: model(image), device)  # noqa: B023
                         except (MemoryError, RuntimeError) as error:
-                            record["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                            record["error"] = error_text(error)
                         results.append(record)
                         print(record, flush=True)
     return results

@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from interpreter import unwritten_memory_shows
 from torch import Tensor
 
 from pft_arch.attention import triton_backend
@@ -51,13 +52,8 @@ def compiled(capability: int) -> Iterator[None]:
             Machine(program, [*(x.data_ptr() for x in tensors), *scalars, 0, 0], i, tensors, shared).run()
 
     serves = mock.patch.object(triton_backend, "serves", lambda _, dtype: dtype != torch.float64)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # memory that nobody has written holds NaN and the largest integers
-    try:
-        with serves, mock.patch.object(triton_backend, "_launch", launch):
-            yield
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
+    with serves, mock.patch.object(triton_backend, "_launch", launch), unwritten_memory_shows():
+        yield
 
 
 class Program:

@@ -12,14 +12,26 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pft_arch.benchmark import PRECISIONS, SEED, Contender, contenders, default_backends, machine, peak_memory, timed
+from pft_arch.benchmark import (
+    PRECISIONS,
+    SEED,
+    Contender,
+    contenders,
+    default_backends,
+    error_text,
+    machine,
+    peak_memory,
+    timed,
+)
 
 SCALE = 2
 
@@ -56,33 +68,30 @@ def measure(
     low = torch.rand(batch, 3, patch, patch, device=device)
     high = torch.rand(batch, 3, SCALE * patch, SCALE * patch, device=device)
     results: list[dict[str, Any]] = []
-    networks: list[nn.Module] = []
+    runs: list[Callable[[], None]] = []
     first: Tensor | None = None
     for rival in rivals:
         result: dict[str, Any] = {"network": rival.network, "code": rival.backend or rival.code, "precision": precision}
         result |= {"seconds": [], "processor_seconds": []}
         torch.manual_seed(SEED)
         network = rival.build().to(device).train()
-        networks.append(network)
+        run = partial(step, network, low, high, precision if rival.half else "fp32")
+        runs.append(run)
         results.append(result)
         try:
-            step(network, low, high, precision if rival.half else "fp32")
+            run()
             gradient = torch.cat(
                 [p.grad.flatten() for _, p in sorted(network.named_parameters()) if p.grad is not None]
             )
             first = gradient if first is None else first
             result["gradient_difference"] = float((gradient - first).norm() / first.norm())
-            result["peak_bytes"] = peak_memory(
-                lambda: step(network, low, high, precision if rival.half else "fp32"),  # noqa: B023
-                device,
-            )
+            result["peak_bytes"] = peak_memory(run, device)
         except (RuntimeError, MemoryError) as error:  # out of memory, mostly: that is a result too
-            result["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            result["error"] = error_text(error)
     for _ in range(repeat):
-        for rival, network, result in zip(rivals, networks, results, strict=True):
+        for run, result in zip(runs, results, strict=True):
             if "error" not in result:
                 processor = time.process_time()
-                run = lambda: step(network, low, high, precision if rival.half else "fp32")  # noqa: B023, E731
                 result["seconds"].append(timed(run, device))
                 result["processor_seconds"].append(time.process_time() - processor)
     for result in results:

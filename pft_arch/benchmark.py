@@ -226,11 +226,16 @@ def _recorded(result: Result, say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # anybody's code, on anybody's machine
-        lines = str(error).strip().splitlines() or [""]
-        result.error = f"{type(error).__name__}: {lines[0][:300]}"
+        result.error = error_text(error)
         say(f"{result}: FAILED, {result.error}")
     if result.error:
         gc.collect()
+
+
+def error_text(error: BaseException) -> str:
+    """Kind and first line of an error, for a result that is one."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def _prepare(
